@@ -1,0 +1,32 @@
+"""A file that is replaced whole or not at all."""
+
+import os
+from pathlib import Path
+
+TEMPORARY_SUFFIX = ".partial"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`, or leave it as it was; after the return it survives power loss.
+
+    The temporary file is in the same directory, since a rename is atomic only within one file
+    system, and the directory is flushed too, since the rename itself lives there.
+
+    Raises:
+        OSError: the disk is full or the directory cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
