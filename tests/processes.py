@@ -1,0 +1,167 @@
+"""Real processes for the tests: ranks that join a real gloo group, and the job's real launchers.
+
+Ranks are forked from a server that has imported torch already, so that a test pays for its
+processes' work and not for seven imports of torch on two cores.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+_FORKSERVER = multiprocessing.get_context("forkserver")
+_FORKSERVER.set_forkserver_preload(["train_ddp", "torch.utils.tensorboard"])
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one process of a job ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def torchrun_environment(rank: int, world_size: int, port: int, run_id: str) -> dict[str, str]:
+    """The variables that torchrun sets for a worker on one host."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": run_id,
+    }
+
+
+def run_ranks(
+    target: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    environments: Sequence[dict[str, str]] | None = None,
+    timeout: float = 200,
+) -> list[Any]:
+    """Call `target(*args)` in `world_size` processes at once; what each returned, in rank order.
+
+    One process gets no launcher's environment at all, as under plain python.
+    """
+    port = free_port()
+    if environments is None:
+        environments = (
+            [
+                torchrun_environment(rank, world_size, port, f"test-{port}")
+                for rank in range(world_size)
+            ]
+            if world_size > 1
+            else [{}]
+        )
+    pipes = [_FORKSERVER.Pipe(duplex=False) for _ in environments]
+    ranks = [
+        _FORKSERVER.Process(target=_rank, args=(sender, environment, target, args), daemon=True)
+        for (_, sender), environment in zip(pipes, environments, strict=True)
+    ]
+    try:
+        for rank in ranks:
+            rank.start()
+        results = []
+        for number, (receiver, _) in enumerate(pipes):
+            if not receiver.poll(timeout):
+                raise TimeoutError(f"rank {number} of {world_size} gave nothing in {timeout} s")
+            ok, value = receiver.recv()
+            if not ok:
+                raise RuntimeError(f"rank {number} of {world_size} failed:\n{value}")
+            results.append(value)
+        for rank in ranks:
+            rank.join(timeout)
+        return results
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def _rank(
+    sender: Connection, environment: dict[str, str], target: Callable[..., Any], args: tuple[Any]
+) -> None:
+    launcher = ("SLURM_", "TORCHELASTIC_", "MASTER_")
+    for name in list(os.environ):
+        if name.startswith(launcher) or name in torchrun_environment(0, 1, 0, ""):
+            del os.environ[name]
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    try:
+        sender.send((True, target(*args)))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+
+
+def _main(directory: str, flags: list[str]) -> Ended:
+    import train_ddp
+
+    os.chdir(directory)
+    name = f".said-{os.environ.get('RANK', '0')}-{os.getpid()}"
+    with open(f"{name}-out", "w+") as out, open(f"{name}-err", "w+") as err:  # noqa: PTH123
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = train_ddp.main(flags)
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 1
+        out.seek(0)
+        err.seek(0)
+        return Ended(code or 0, out.read(), err.read())
+
+
+def run_job(directory: Path, world_size: int, *flags: str, **options: Any) -> list[Ended]:
+    """Run `train_ddp.main` in `directory` in each of `world_size` processes."""
+    return run_ranks(_main, world_size, str(directory), list(flags), **options)
+
+
+def completed_run(directory: Path, world_size: int, *flags: str) -> Path:
+    """Run the job to its end; its run directory."""
+    directory.mkdir(exist_ok=True)
+    run = directory / f"run-{world_size}"
+    for rank, ended in enumerate(run_job(directory, world_size, f"--run-dir={run}", *flags)):
+        assert ended.code == 0, f"rank {rank} ended with {ended.code}:\n{ended.out}{ended.err}"
+    return run
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The objects of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def free_port() -> int:
+    """A TCP port of this host that nobody holds now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def command(
+    directory: Path, *words: str, environment: dict[str, str] | None = None, timeout: float = 200
+) -> Ended:
+    """Run a command of the installed environment, such as `torchrun`, in `directory`."""
+    program = Path(sys.executable).parent / words[0]
+    done = subprocess.run(
+        [str(program) if program.exists() else words[0], *words[1:]],
+        cwd=directory,
+        env={**os.environ, **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
