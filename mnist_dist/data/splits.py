@@ -1,0 +1,173 @@
+"""The canonical form of the data: three splits of byte images, whatever file they came from."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mnist_dist.data.errors import DataError, MalformedError, one_line
+
+SIDE = 28
+PIXELS = SIDE * SIDE
+CLASSES = 10
+SPLIT_NAMES = ("train", "validation", "test")
+
+# Of the 50,000 / 10,000 / 10,000 split of the IDX files whose SHA-256 are widely published.
+GENUINE_MNIST = "d9a97ebadde1a3d5a7cd04cba890aa9aa7ca5ab3349340a725bc273a05612698"
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Samples in the order of their source.
+
+    ``images`` is (N, 784) uint8, rows of 28 pixels one after another; ``labels`` is (N,) int64,
+    0 to 9. N is at least 1.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+Splits: TypeAlias = tuple[Split, Split, Split]
+Arrays: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Three splits, a line for people, and what makes two runs comparable.
+
+    ``fingerprint`` is the SHA-256 (hex) of the splits as bytes, with their shapes: equal for the
+    same data in every source format.
+    """
+
+    train: Split
+    validation: Split
+    test: Split
+    description: str
+    fingerprint: str
+
+    @property
+    def splits(self) -> Splits:
+        """``(train, validation, test)``."""
+        return self.train, self.validation, self.test
+
+    def to(self, device: torch.device) -> "Dataset":
+        """This data set with its tensors on `device`; nothing is copied if they are there."""
+        train, validation, test = (
+            Split(split.images.to(device), split.labels.to(device)) for split in self.splits
+        )
+        return replace(self, train=train, validation=validation, test=test)
+
+    def first_training_samples(self, count: int) -> "Dataset":
+        """This data set with the first `count` training samples only; no pixel is copied.
+
+        The new fingerprint is derived from the old one and `count`, not from the pixels, so that a
+        rank which asks for 100 samples need not read 50,000.
+
+        Raises:
+            DataError: `count` is not between 1 and the size of the training split.
+        """
+        if not 1 <= count <= len(self.train):
+            raise DataError(
+                f"--train-samples {count}: the training split has {len(self.train):,} samples",
+                f"pass a number from 1 to {len(self.train)}",
+            )
+        if count == len(self.train):
+            return self
+        derived = hashlib.sha256(f"{self.fingerprint} first {count}".encode()).hexdigest()
+        return replace(
+            self,
+            train=Split(self.train.images[:count], self.train.labels[:count]),
+            description=f"{self.description}, first {count:,} training samples only",
+            fingerprint=derived,
+        )
+
+
+def assemble(splits: Splits, source: str) -> Dataset:
+    """Name and fingerprint three splits that were read from `source`."""
+    digest = fingerprint(splits)
+    name = "MNIST" if digest == GENUINE_MNIST else "Dataset"
+    sizes = " / ".join(f"{len(split):,}" for split in splits)
+    return Dataset(*splits, f"{name}, {sizes} from {one_line(source)}", digest)
+
+
+def make_split(name: str, images: NDArray[Any], labels: NDArray[Any]) -> Split:
+    """Check one split and put it into canonical form, in memory of its own.
+
+    Args:
+        name: what to call the split in an error, such as ``train``.
+        images: (N, 28, 28) or (N, 784) uint8.
+        labels: (N,) of any integer type.
+
+    Raises:
+        MalformedError: a wrong shape, dtype or label, unequal lengths, or no samples.
+    """
+    _check_images(name, images)
+    _check_labels(name, labels)
+    if len(images) != len(labels):
+        raise MalformedError(f"{name} has {len(images):,} images but {len(labels):,} labels")
+    pixels = np.array(images, order="C").reshape(len(images), PIXELS)
+    return Split(torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)))
+
+
+def hold_out_validation(train: Arrays, test: Arrays) -> Splits:
+    """Three splits from a source with two: the last sixth of `train` becomes validation.
+
+    So 60,000 training samples become 50,000 and 10,000, the classic split.
+
+    Raises:
+        MalformedError: as `make_split`, or `train` has fewer than six samples.
+    """
+    whole = make_split("train", *train)
+    kept = len(whole) - len(whole) // 6
+    if kept == len(whole):
+        raise MalformedError(f"train has {len(whole)} samples, too few to hold out a sixth of them")
+    return (
+        Split(whole.images[:kept], whole.labels[:kept]),
+        Split(whole.images[kept:], whole.labels[kept:]),
+        make_split("test", *test),
+    )
+
+
+def check_image_shape(name: str, shape: tuple[int, ...]) -> None:
+    """Raise `MalformedError` unless `shape` is (N, 28, 28) or (N, 784) with N of at least 1."""
+    if shape[1:] not in ((SIDE, SIDE), (PIXELS,)):
+        raise MalformedError(f"{name} images have shape {shape}, not (N, 28, 28) or (N, 784)")
+    if shape[0] == 0:
+        raise MalformedError(f"{name} has no samples")
+
+
+def _check_images(name: str, images: NDArray[Any]) -> None:
+    check_image_shape(name, images.shape)
+    if images.dtype != np.uint8:
+        raise MalformedError(f"{name} images are {images.dtype}, not uint8")
+
+
+def _check_labels(name: str, labels: NDArray[Any]) -> None:
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise MalformedError(f"{name} labels are {labels.dtype} {labels.shape}, not integers (N,)")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < CLASSES:
+        raise MalformedError(f"{name} labels run from {labels.min()} to {labels.max()}, not 0 to 9")
+
+
+def fingerprint(splits: Splits) -> str:
+    """SHA-256 (hex) of the canonical bytes: per split the images, then the labels as uint8."""
+    digest = hashlib.sha256()
+    for name, array in _canonical_arrays(splits):
+        digest.update(f"{name} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).data)
+    return digest.hexdigest()
+
+
+def _canonical_arrays(splits: Splits) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    for name, split in zip(SPLIT_NAMES, splits, strict=True):
+        yield f"{name} images", split.images.numpy()
+        yield f"{name} labels", split.labels.to(torch.uint8).numpy()

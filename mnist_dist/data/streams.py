@@ -1,0 +1,69 @@
+"""Files read with a limit, so that nothing in them decides how much memory is taken."""
+
+import gzip
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from mnist_dist.data.errors import MalformedError
+
+# The largest honest file is the pickle, 220 MB of float32 once unpacked.
+LIMIT = 1 << 30
+
+
+class BoundedStream:
+    """A binary stream with at most `LIMIT` bytes to give.
+
+    A request for more than is left is refused before anything is allocated: a gzip bomb, or a
+    header that claims terabytes, costs nothing.
+    """
+
+    def __init__(self, stream: IO[bytes] | gzip.GzipFile) -> None:
+        self._stream = stream
+        self._left = LIMIT
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, fewer only at the end. Raises `MalformedError` beyond the limit."""
+        self.spend(size)
+        return self._stream.read(size)
+
+    def readline(self) -> bytes:
+        """The next line. Raises `MalformedError` beyond the limit."""
+        line = self._stream.readline(self._left + 1)
+        self.spend(len(line))
+        return line
+
+    def spend(self, size: int) -> None:
+        """Count `size` bytes against the limit. Raises `MalformedError` when they exceed it."""
+        if not 0 <= size <= self._left:
+            raise MalformedError(f"asks for more than the {LIMIT:,} bytes that any data set needs")
+        self._left -= size
+
+    def read_exactly(self, size: int) -> bytes:
+        """Just `size` bytes. Raises `MalformedError` when the stream ends before."""
+        data = self.read(size)
+        if len(data) < size:
+            raise MalformedError(f"is cut short: {size:,} bytes expected, {len(data):,} left")
+        return data
+
+    def expect_end(self) -> None:
+        """Raise `MalformedError` if anything is left.
+
+        Also what makes gzip and zip compare their checksums, which they do only at the end.
+        """
+        if self._stream.read(1):
+            raise MalformedError("goes on after the end of its data")
+
+
+@contextmanager
+def open_unpacked(file: Path) -> Iterator[BoundedStream]:
+    """Open `file` for reading, through gzip where its first bytes say so (RFC 1952)."""
+    with file.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        if not packed:
+            yield BoundedStream(raw)
+            return
+        with gzip.GzipFile(fileobj=raw) as unpacked:
+            yield BoundedStream(unpacked)

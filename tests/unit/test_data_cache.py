@@ -1,0 +1,304 @@
+"""One entry a data set, made once, never half there; and what happens where it cannot be kept."""
+
+import errno
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from data_files import (
+    REPOSITORY,
+    assert_holds,
+    assert_one_line,
+    digits,
+    isolate,
+    race,
+    read,
+    unprivileged,
+    write_idx,
+    write_npz,
+)
+from filelock import FileLock
+
+from mnist_dist.data import DataError, Located, load, locate
+
+MADE = digits()
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    isolate(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_npz(tmp_path / "made.npz", MADE)
+
+
+def entry_of(source: Path) -> Path:
+    """The cache entry of `source`, made if need be."""
+    entry = locate(str(source), None).cache_file
+    assert entry is not None
+    return entry
+
+
+def temporary_files(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if path.suffix not in (".pt", ".lock")]
+
+
+def test_located_is_plain_and_picklable(source: Path) -> None:
+    located = locate(str(source), None)
+    again = pickle.loads(pickle.dumps(located))
+    assert again == located
+    assert_holds(load(again), MADE)
+
+
+def test_a_second_start_reads_the_cache_and_not_the_source(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = locate(str(source), None)
+    monkeypatch.setattr("mnist_dist.data.formats.Source.read", None)
+    assert locate(str(source), None) == first
+
+
+def test_a_warm_start_of_full_mnist_takes_less_than_50_ms(full_mnist: Path) -> None:
+    read(full_mnist)
+    durations = []
+    for _ in range(5):
+        start = time.perf_counter()
+        read(full_mnist)
+        durations.append(time.perf_counter() - start)
+    assert min(durations) < 0.05
+
+
+def test_a_changed_file_is_converted_anew(source: Path) -> None:
+    stale = entry_of(source)
+    write_npz(source, digits(seed=1))
+    assert entry_of(source) != stale
+    assert_holds(read(source), digits(seed=1))
+
+
+def test_each_of_several_files_counts_as_changed(tmp_path: Path) -> None:
+    directory = write_idx(tmp_path / "idx", MADE)
+    before = entry_of(directory)
+    os.utime(directory / "t10k-labels-idx1-ubyte", ns=(1, 1))
+    assert entry_of(directory) != before
+
+
+def test_writing_into_loaded_images_does_not_change_the_cache(source: Path) -> None:
+    read(source).train.images.zero_()
+    assert_holds(read(source), MADE)
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[:-500],
+    "half": lambda content: content[: len(content) // 2],
+    "no zip": lambda content: b"x" * len(content),
+    "zeros": lambda content: bytes(len(content)),
+    "a pickle": lambda content: pickle.dumps({"format": 1}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_entry_is_refused_by_load_and_rebuilt_by_locate(
+    damage: Callable[[bytes], bytes], source: Path
+) -> None:
+    located = locate(str(source), None)
+    entry = entry_of(source)
+    entry.write_bytes(damage(entry.read_bytes()))
+    with pytest.raises(DataError) as caught:
+        load(located)
+    assert_one_line(caught.value, str(entry), "remove it")
+    assert_holds(read(source), MADE)
+
+
+ALTERATIONS: dict[str, dict[str, object]] = {
+    "another version": {"format": 0},
+    "an unknown key": {"extra": 1},
+    "no fingerprint": {"fingerprint": None},
+    "short labels": {"test_labels": torch.zeros(3, dtype=torch.uint8)},
+    "no samples": {
+        "test_images": torch.zeros(0, 784, dtype=torch.uint8),
+        "test_labels": torch.zeros(0, dtype=torch.uint8),
+    },
+    "floats": {"train_images": torch.zeros(50, 784)},
+    "labels of 11": {"test_labels": torch.full((10,), 11, dtype=torch.uint8)},
+    "no tensor": {"test_labels": [1, 2, 3]},
+}
+
+
+@pytest.mark.parametrize("alteration", ALTERATIONS.values(), ids=ALTERATIONS.keys())
+def test_an_entry_of_another_structure_is_rebuilt(
+    alteration: dict[str, object], source: Path
+) -> None:
+    entry = entry_of(source)
+    torch.save(torch.load(entry) | alteration, entry)
+    with pytest.raises(DataError):
+        load(Located(entry, ""))
+    assert_holds(read(source), MADE)
+
+
+def test_an_entry_that_is_a_program_is_not_run(source: Path, tmp_path: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.system, (f"touch {tmp_path / 'marker'}",)
+
+    torch.save({"format": Touch()}, entry_of(source))
+    assert_holds(read(source), MADE)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_an_entry_removed_since_is_an_error_that_names_it(source: Path) -> None:
+    located = locate(str(source), None)
+    entry_of(source).unlink()
+    with pytest.raises(DataError) as caught:
+        load(located)
+    assert_one_line(caught.value, str(located.cache_file), "No such file")
+
+
+def test_several_processes_at_once_convert_once(source: Path, tmp_path: Path) -> None:
+    fingerprints = race(4, source, tmp_path / "log")
+    assert fingerprints == [read(source).fingerprint] * 4
+    assert (tmp_path / "log").read_text() == "converted\n"
+    assert temporary_files(tmp_path / "cache") == []
+
+
+def test_a_lock_that_is_never_released_is_an_error_that_names_it(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = entry_of(source)
+    entry.unlink()
+    monkeypatch.setattr("mnist_dist.data.cache.LOCK_WAIT_S", 0.1)
+    with FileLock(f"{entry}.lock"), pytest.raises(DataError) as caught:
+        locate(str(source), None)
+    assert_one_line(caught.value, f"{entry}.lock", "held by another process")
+
+
+def test_an_entry_in_place_needs_no_lock(source: Path) -> None:
+    with FileLock(f"{entry_of(source)}.lock"):
+        assert_holds(read(source), MADE)
+
+
+def test_what_a_killed_process_left_is_swept_and_what_is_being_written_is_not(
+    source: Path,
+) -> None:
+    entry = entry_of(source)
+    entry.unlink()
+    old, new = (entry.with_name(f".{entry.name}.{n}.tmp") for n in ("old", "new"))
+    old.touch()
+    new.touch()
+    os.utime(old, (0, 0))
+    entry_of(source)
+    assert temporary_files(entry.parent) == [new]
+
+
+def test_the_directory_is_the_argument_else_ours_else_xdg_else_home(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def home(cache_dir: Path | None = None) -> Path:
+        entry = locate(str(source), cache_dir).cache_file
+        assert entry is not None
+        return entry.parent
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert home(tmp_path / "argument") == tmp_path / "argument"
+    assert home() == tmp_path / "cache"
+    monkeypatch.delenv("MNIST_DIST_CACHE")
+    assert home() == tmp_path / "xdg" / "mnist-dist"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert home() == tmp_path / "home" / ".cache" / "mnist-dist"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert home() == tmp_path / "home" / ".cache" / "mnist-dist"
+
+
+def unwritable(tmp_path: Path) -> Path:
+    """A directory that not even root can make: below a file."""
+    (tmp_path / "file").touch()
+    return tmp_path / "file" / "cache"
+
+
+def test_an_unwritable_cache_works_with_a_warning(source: Path, tmp_path: Path) -> None:
+    located = locate(str(source), unwritable(tmp_path))
+    assert_holds(load(located), MADE)
+    (warning,) = located.warnings
+    assert str(tmp_path / "file" / "cache") in warning
+    assert "MNIST_DIST_CACHE" in warning
+    assert len(warning.splitlines()) == 1
+
+
+def test_the_cache_of_one_run_goes_with_its_process(source: Path, tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from mnist_dist.data import locate\n"
+        "print(locate(*sys.argv[1:]).cache_file, flush=True)\n"
+        # A forked child has the exit handlers too, and must not remove what its parent uses.
+        "child = os.fork()\n"
+        "if child == 0: sys.exit()\n"
+        "os.waitpid(child, 0); print(os.listdir(os.environ['TMPDIR']))"
+    )
+    (tmp_path / "tmp").mkdir()
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(source), str(unwritable(tmp_path))],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(tmp_path / "tmp")},
+    )
+    entry, after_child = run.stdout.splitlines()
+    assert Path(entry).parts[-2] in after_child
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_an_unwritable_cache_that_has_the_entry_is_used_without_warning(tmp_path: Path) -> None:
+    with unprivileged() as home:
+        source = write_npz(home / "made.npz", MADE)
+        entry = locate(str(source), home / "cache").cache_file
+        (home / "cache").chmod(0o555)
+        assert locate(str(source), home / "cache") == Located(entry, read(source).description)
+        os.utime(source, (1, 1))
+        located = locate(str(source), home / "cache")
+        assert_holds(load(located), MADE)
+        assert "Permission denied" in located.warnings[0]
+        (home / "cache").chmod(0o755)
+
+
+def test_another_users_lock_file_is_no_obstacle() -> None:
+    with unprivileged() as home:
+        source = write_npz(home / "made.npz", MADE)
+        entry = locate(str(source), home / "cache").cache_file
+        assert entry is not None
+        entry.unlink()
+        Path(f"{entry}.lock").chmod(0)
+        located = locate(str(source), home / "cache")
+        assert_holds(load(located), MADE)
+        assert len(located.warnings) == 1
+
+
+def test_a_full_disk_is_gone_round(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, cache = os.fsync, Path(os.environ["MNIST_DIST_CACHE"])
+
+    def full(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").resolve().parent == cache:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    located = locate(str(source), None)
+    assert_holds(load(located), MADE)
+    assert "No space left on device" in located.warnings[0]
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_no_room_anywhere_is_one_error(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(DataError) as caught:
+        locate(str(source), unwritable(tmp_path))
+    assert_one_line(caught.value, str(tmp_path / "file" / "cache"), "TMPDIR", "--cache-dir")

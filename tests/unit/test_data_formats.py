@@ -1,0 +1,206 @@
+"""Every format of the same data gives the same bytes, and the same fingerprint."""
+
+import gzip
+import hashlib
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_files import (
+    WRITERS,
+    Array,
+    Digits,
+    assert_holds,
+    digits,
+    floats,
+    isolate,
+    read,
+    write_bytes,
+    write_idx,
+    write_npz,
+    write_pickle,
+)
+
+from mnist_dist.data import DataError, Dataset, locate
+from mnist_dist.data.splits import GENUINE_MNIST
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    isolate(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def full_sets(full_mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Dataset]:
+    """Full MNIST out of the pickle, and out of the IDX files."""
+    cache = tmp_path_factory.mktemp("full-cache")
+    return [read(full_mnist / "mnist.pkl.gz", cache), read(full_mnist, cache)]
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+def test_each_format_gives_the_same_bytes_and_fingerprint(
+    write: Callable[[Path, Digits], Path], tmp_path: Path
+) -> None:
+    made = digits()
+    dataset = read(write(tmp_path / "home", made))
+    assert_holds(dataset, made)
+    assert dataset.fingerprint == read(write_pickle(tmp_path / "plain.pkl", made)).fingerprint
+
+
+def test_the_fingerprint_is_the_sha256_of_the_named_shaped_bytes(tmp_path: Path) -> None:
+    made = digits()
+    digest = hashlib.sha256()
+    for name, (images, labels) in zip(("train", "validation", "test"), made.splits, strict=True):
+        digest.update(f"{name} images ({len(labels)}, 784)\n".encode() + images.tobytes())
+        digest.update(f"{name} labels ({len(labels)},)\n".encode() + labels.tobytes())
+    assert read(write_npz(tmp_path / "made.npz", made)).fingerprint == digest.hexdigest()
+
+
+def test_other_data_has_another_fingerprint(tmp_path: Path) -> None:
+    one, other = (
+        read(write_npz(tmp_path / f"{seed}.npz", digits(seed=seed))).fingerprint for seed in (0, 1)
+    )
+    assert one != other
+
+
+def test_pickled_arrays_may_be_in_fortran_order_big_endian_or_doubles(tmp_path: Path) -> None:
+    made = digits()
+    variants: dict[str, Callable[[Array], Array]] = {
+        "fortran": lambda x: np.asfortranarray(x),
+        "big endian": lambda x: x.astype(x.dtype.newbyteorder(">")),
+        "doubles": lambda x: x.astype(np.float64) if x.dtype == np.float32 else x,
+    }
+    for name, change in variants.items():
+        content = [[change(images), change(labels)] for images, labels in floats(made)]
+        for protocol in (2, 5):
+            file = tmp_path / f"{name} {protocol}.pkl"
+            assert_holds(read(write_bytes(file, pickle.dumps(content, protocol))), made)
+
+
+def test_npz_labels_may_be_any_integers_and_images_flat(tmp_path: Path) -> None:
+    made = digits()
+    file = write_npz(
+        tmp_path / "made.npz",
+        made,
+        x_train=np.asfortranarray(made.train[0].reshape(-1, 784)),
+        y_train=made.train[1].astype(">i8"),
+    )
+    assert_holds(read(file), made)
+
+
+def test_the_last_sixth_of_60000_training_images_is_10000(full_sets: list[Dataset]) -> None:
+    assert [len(split) for split in full_sets[1].splits] == [50_000, 10_000, 10_000]
+
+
+def test_full_mnist_is_bitwise_the_same_from_pickle_and_idx(full_sets: list[Dataset]) -> None:
+    from_pickle, from_idx = full_sets
+    assert from_pickle.fingerprint == from_idx.fingerprint == GENUINE_MNIST
+    for one, other in zip(from_pickle.splits, from_idx.splits, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+
+
+def test_full_mnist_is_what_the_original_script_saw(
+    full_mnist: Path, full_sets: list[Dataset]
+) -> None:
+    with gzip.open(full_mnist / "mnist.pkl.gz") as stream:
+        original = pickle.load(stream, encoding="latin-1")
+    for split, (images, labels) in zip(full_sets[0].splits, original, strict=True):
+        assert np.array_equal(split.images.numpy() / np.float32(256), images)
+        assert np.array_equal(split.labels.numpy(), labels)
+
+
+def test_full_mnist_is_called_mnist_and_says_where_it_is_from(
+    full_mnist: Path, full_sets: list[Dataset]
+) -> None:
+    assert full_sets[1].description == f"MNIST, 50,000 / 10,000 / 10,000 from {full_mnist}"
+
+
+def test_a_data_set_of_ones_own_is_not_called_mnist(tmp_path: Path) -> None:
+    file = write_npz(tmp_path / "mnist.npz", digits())
+    assert read(file).description == f"Dataset, 50 / 10 / 10 from {file}"
+
+
+def test_bundled_digits_are_balanced_in_every_split() -> None:
+    dataset = read("bundled")
+    for split, per_class in zip(dataset.splits, (400, 50, 50), strict=True):
+        assert split.labels.bincount().tolist() == [per_class] * 10
+    assert dataset.description == "bundled 5,000-digit subset of MNIST, 4,000 / 500 / 500"
+    assert locate("bundled", None).warnings == ()
+
+
+def test_bundled_splits_take_400_50_50_of_each_class_in_order() -> None:
+    file = Path(__file__).parents[2] / "mnist_dist/data/bundled/mnist_5k.npz"
+    of_threes = np.load(file)["images"][1500:2000].reshape(500, 784)
+    taken = [split.images[split.labels == 3].numpy() for split in read("bundled").splits]
+    assert np.array_equal(np.concatenate(taken), of_threes)
+    assert [len(part) for part in taken] == [400, 50, 50]
+
+
+def test_bundled_digits_are_mnist_training_images(full_sets: list[Dataset]) -> None:
+    whole = full_sets[1]
+    known = {
+        image.numpy().tobytes()
+        for split in (whole.train, whole.validation)
+        for image in split.images
+    }
+    assert all(
+        i.numpy().tobytes() in known for split in read("bundled").splits for i in split.images
+    )
+
+
+def test_a_home_directory_in_the_path_is_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_npz(tmp_path / "made.npz", digits())
+    assert_holds(read("~/made.npz"), digits())
+
+
+def test_unpacked_idx_files_win_over_packed_ones_beside_them(tmp_path: Path) -> None:
+    write_idx(tmp_path / "idx", digits(seed=1), ".gz")
+    write_idx(tmp_path / "idx", digits(seed=2))
+    assert_holds(read(tmp_path / "idx"), digits(seed=2))
+
+
+def test_a_path_that_is_not_utf8_gives_a_description_that_can_be_printed(tmp_path: Path) -> None:
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff.npz"))
+    write_npz(file, digits())
+    assert "50 / 10 / 10" in read(file).description.encode().decode()
+
+
+def test_the_first_training_samples_leave_the_other_splits_alone(tmp_path: Path) -> None:
+    whole = read(write_npz(tmp_path / "made.npz", digits()))
+    few = whole.first_training_samples(7)
+    assert torch.equal(few.train.images, whole.train.images[:7])
+    assert torch.equal(few.train.labels, whole.train.labels[:7])
+    assert (few.validation, few.test) == (whole.validation, whole.test)
+    assert "first 7 training samples" in few.description
+
+
+def test_fewer_training_samples_are_another_data_set_and_all_of_them_the_same() -> None:
+    whole = read("bundled")
+    counts = (1, 100, 3999, 4000)
+    fingerprints = [whole.first_training_samples(count).fingerprint for count in counts]
+    assert len(set(fingerprints)) == len(counts)
+    assert fingerprints == [whole.first_training_samples(count).fingerprint for count in counts]
+    assert fingerprints[-1] == whole.fingerprint
+
+
+@pytest.mark.parametrize("count", [-1, 0, 4001])
+def test_more_training_samples_than_there_are_is_an_error_that_says_so(count: int) -> None:
+    with pytest.raises(DataError, match=f"--train-samples {count}: .*4,000 samples; pass"):
+        read("bundled").first_training_samples(count)
+
+
+def test_moving_to_a_device_keeps_everything_else() -> None:
+    whole = read("bundled")
+    moved = whole.to(torch.device("meta"))
+    assert {split.images.device.type for split in moved.splits} == {"meta"}
+    assert moved.test.labels.shape == whole.test.labels.shape
+    assert (moved.fingerprint, moved.description) == (whole.fingerprint, whole.description)
+    assert whole.to(torch.device("cpu")).train.images is whole.train.images
