@@ -1,0 +1,149 @@
+"""The directory of one run: found or made, what is in it besides checkpoints and metrics."""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy
+import torch
+from filelock import FileLock, Timeout
+
+from mnist_dist import __version__
+from mnist_dist.atomic import write_atomically
+from mnist_dist.errors import UserError
+
+Status = Literal["running", "completed", "preempted", "failed"]
+
+
+class RunDirectory:
+    """One run's directory. Every rank may name it; only rank 0 opens it, reads and writes."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the directory; nothing is touched before `open`."""
+        self.path = path
+        self._lock: FileLock | None = None
+
+    def __str__(self) -> str:
+        """The path as a person would type it: relative when it is below the current directory."""
+        here = Path.cwd()
+        return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
+
+    def open(self) -> None:
+        """Make the directory and keep other jobs out of it until this process ends.
+
+        Raises:
+            UserError: it cannot be written, is not a run's, or another job has it open.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.status is None and (self.path / "config.json").exists():
+                raise UserError(
+                    f"--run-dir {self.path}: holds a config.json but no status.json, so it is not "
+                    "a run's; name another"
+                )
+            self._lock = _lock(self.path)
+        except OSError as error:
+            raise UserError(
+                f"--run-dir {self.path}: {error.strerror}; name a directory that can be written"
+            ) from error
+
+    @property
+    def status(self) -> str | None:
+        """The status that the run last wrote; None if there is none to read."""
+        return read_status(self.path)
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Replace the file `name` atomically."""
+        write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def write_status(self, status: Status, epoch: int, step: int, reason: str) -> None:
+        """Say in status.json how the run stands."""
+        self.write_json(
+            "status.json",
+            {"status": status, "epoch": epoch, "step": step, "reason": reason, "time": time.time()},
+        )
+
+
+def read_status(path: Path) -> str | None:
+    """The status in the run directory `path`; None if it is not a run's directory."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((path / "status.json").read_text())["status"])
+    return None
+
+
+def find_run_directory(run_dir: str | None, job_id: str | None) -> Path:
+    """The directory the user named, that of an earlier start of the same job, or a new name.
+
+    Args:
+        run_dir: as the user gave it, or None for `runs/<timestamp>_<launch id>`.
+        job_id: the same for every restart of the job, so that a restart finds its unfinished run;
+            None if the launcher names nothing of the kind.
+
+    Returns:
+        An absolute path; nothing is made.
+    """
+    return (Path(run_dir) if run_dir is not None else _default_path(job_id)).absolute()
+
+
+def _default_path(job_id: str | None) -> Path:
+    runs = Path("runs")
+    if job_id is not None:
+        name = re.compile(rf"[\d-]+_{re.escape(job_id)}")
+        earlier = [p for p in runs.glob("*") if name.fullmatch(p.name)]
+        unfinished = [p for p in earlier if read_status(p) != "completed"]
+        if unfinished:
+            return max(unfinished)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return runs / f"{stamp}_{job_id or f'pid-{os.getpid()}'}"
+
+
+def _lock(path: Path) -> FileLock | None:
+    """Hold the directory for this process; the kernel frees it when the process dies."""
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=10)  # a process killed just now may take a moment to be gone
+    except Timeout:
+        raise UserError(
+            f"--run-dir {path}: another job is writing there; name another, or wait for its end"
+        ) from None
+    except NotImplementedError:  # a file system without locks
+        return None
+    return lock
+
+
+def environment_facts() -> dict[str, Any]:
+    """What the figures of a run may depend on beside its configuration."""
+    return {
+        "mnist_dist": __version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "command": sys.argv,
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of this code's checkout, "-dirty" if it was changed; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+        return done.stdout.strip() or None
+    return None

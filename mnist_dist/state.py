@@ -1,0 +1,112 @@
+"""TrainState: everything a resume needs, one object."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from mnist_dist.errors import UserError
+from mnist_dist.world import World
+
+FORMAT = 1
+
+
+@dataclass
+class TrainState:
+    """Where the run is. A checkpoint is this object; a resume is loading it back."""
+
+    model: nn.Module
+    """The bare model, not its DistributedDataParallel wrapper."""
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    identity: dict[str, Any]
+    """What the maths depends on, by the flag's name: a resume must agree with it."""
+    loss_sum: Tensor
+    """This rank's sum of cross entropies over the steps of the current epoch: () float64."""
+    epoch: int = 0
+    """Epochs finished."""
+    batch: int = 0
+    """Global batches of the current epoch already done."""
+    step: int = 0
+    """Optimizer steps since the start of the run."""
+    best_loss: float = float("inf")
+    best_epoch: int = 0
+    """Validation loss of the best epoch so far, and its number (1 = the first)."""
+
+    def count_step(self, loss_sum: Tensor) -> None:
+        """Take one optimizer step into account; `loss_sum` as `train_epoch` yields it."""
+        self.loss_sum += loss_sum
+        self.batch += 1
+        self.step += 1
+
+    def finish_epoch(self, loss: float) -> bool:
+        """Close the epoch with its validation loss; True if that is the best so far."""
+        self.epoch += 1
+        self.batch = 0
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+        if not loss < self.best_loss:
+            return False
+        self.best_loss, self.best_epoch = loss, self.epoch
+        return True
+
+    def state_dict(self, world: World) -> dict[str, Any]:
+        """The whole state as tensors and plain types; every rank must take part.
+
+        Model and optimizer are equal on all ranks. What is not, the random state and the partial
+        loss, is gathered in rank order, so that a resume at the same world size is bitwise.
+        """
+        per_rank = world.gather((torch.get_rng_state(), self.loss_sum.item()))
+        return {
+            "format": FORMAT,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "identity": dict(self.identity),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "best_loss": self.best_loss,
+            "best_epoch": self.best_epoch,
+            "rng": [rng for rng, _ in per_rank],
+            "loss_sums": [loss_sum for _, loss_sum in per_rank],
+        }
+
+    def load_state_dict(self, saved: dict[str, Any], world: World) -> None:
+        """Continue from `saved`.
+
+        At another world size the partial loss goes to rank 0 as one sum and the random state is
+        seeded from the step: the model draws nothing random during training.
+
+        Raises:
+            UserError: `saved` comes from a run that computes something else.
+        """
+        self._require_same_run(saved)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(saved["scheduler"])
+        self.epoch, self.batch, self.step = saved["epoch"], saved["batch"], saved["step"]
+        self.best_loss, self.best_epoch = saved["best_loss"], saved["best_epoch"]
+        if len(saved["rng"]) == world.world_size:
+            torch.set_rng_state(saved["rng"][world.rank])
+            self.loss_sum.fill_(saved["loss_sums"][world.rank])
+        else:
+            torch.manual_seed(self.identity["seed"] + self.step)
+            self.loss_sum.fill_(sum(saved["loss_sums"]) if world.is_main else 0.0)
+
+    def _require_same_run(self, saved: dict[str, Any]) -> None:
+        if saved.get("format") != FORMAT:
+            raise UserError(
+                f"--run-dir: its checkpoint has format {saved.get('format')}, this version reads "
+                f"{FORMAT}; continue it with the version that wrote it"
+            )
+        for name, before in saved["identity"].items():
+            now = self.identity.get(name)
+            if now != before:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {now}: the run in --run-dir was started with "
+                    f"{before}; give that value again, or another --run-dir"
+                )

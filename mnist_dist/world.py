@@ -1,0 +1,352 @@
+"""Who am I: rank, host and device of this process, the process group, and the collectives we use.
+
+This is the only module that reads the launcher's environment variables.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mnist_dist.errors import UserError
+
+T = TypeVar("T")
+
+# A cold start may download and convert the data on one rank while the others wait.
+SETUP_TIMEOUT = timedelta(minutes=30)
+# Ports below Linux' ephemeral range (32768 and up), so that no outgoing connection holds them.
+_FIRST_PORT, _PORTS = 15_000, 17_000
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process's place in the job, as its launcher tells it."""
+
+    launcher: Literal["torchrun", "srun", "alone"]
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    node_rank: int = 0
+    master_addr: str | None = None
+    master_port: int | None = None
+    job_id: str | None = None
+    """Names the job, the same after a torchrun restart or a Slurm requeue; None if nothing does."""
+
+
+def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Read the launcher's variables: torchrun's, else those of an srun step, else alone.
+
+    Raises:
+        UserError: the launcher set some of its variables but not all, or not to numbers.
+    """
+    try:
+        if "TORCHELASTIC_RUN_ID" in environment or "LOCAL_WORLD_SIZE" in environment:
+            return _read_torchrun(environment)
+        # SLURM_NTASKS is also set in a batch script, where nobody starts the other tasks; only
+        # srun sets the step's own count.
+        if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
+            return _read_srun(environment)
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"the launcher's environment is incomplete ({error}); start with torchrun, srun or "
+            "plain python"
+        ) from error
+    return Launch(launcher="alone", job_id=_slurm_job_id(environment))
+
+
+def _read_torchrun(environment: Mapping[str, str]) -> Launch:
+    return Launch(
+        launcher="torchrun",
+        rank=int(environment["RANK"]),
+        local_rank=int(environment["LOCAL_RANK"]),
+        world_size=int(environment["WORLD_SIZE"]),
+        local_world_size=int(environment["LOCAL_WORLD_SIZE"]),
+        node_rank=int(environment.get("GROUP_RANK", "0")),
+        master_addr=environment["MASTER_ADDR"],
+        master_port=int(environment["MASTER_PORT"]),
+        job_id=_slurm_job_id(environment) or _torchrun_job_id(environment),
+    )
+
+
+def _read_srun(environment: Mapping[str, str]) -> Launch:
+    world_size = int(environment["SLURM_STEP_NUM_TASKS"])
+    node_rank = int(environment["SLURM_NODEID"])
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+    # The job's number, and the step's, keep two jobs on one host from asking for one port.
+    unique = int(environment["SLURM_JOB_ID"]) * 7 + int(environment.get("SLURM_STEP_ID", "0"))
+    return Launch(
+        launcher="srun",
+        rank=int(environment["SLURM_PROCID"]),
+        local_rank=int(environment["SLURM_LOCALID"]),
+        world_size=world_size,
+        local_world_size=tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[node_rank],
+        node_rank=node_rank,
+        master_addr=environment.get("MASTER_ADDR") or first_host(hosts),
+        master_port=int(environment.get("MASTER_PORT") or _FIRST_PORT + unique % _PORTS),
+        job_id=_slurm_job_id(environment),
+    )
+
+
+def _slurm_job_id(environment: Mapping[str, str]) -> str | None:
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        array, task = environment["SLURM_ARRAY_JOB_ID"], environment["SLURM_ARRAY_TASK_ID"]
+        return f"slurm-{array}-{task}"
+    return f"slurm-{environment['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in environment else None
+
+
+def _torchrun_job_id(environment: Mapping[str, str]) -> str | None:
+    """Torchrun's run id, one per launch and kept over its restarts, unless the user left it out.
+
+    Rendezvous backends without an id call every launch "none", which names nothing.
+    """
+    run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
+    if run_id == "none":
+        return None
+    with contextlib.suppress(ValueError):  # torchrun made it up: the start is enough
+        run_id = uuid.UUID(run_id).hex[:8]
+    return "torchrun-" + re.sub(r"[^\w.-]", "-", run_id)
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of a Slurm node list: `gpu[03-07,9]-ib,x1` gives `gpu03-ib`."""
+    depth, end = 0, len(nodelist)
+    for position, character in enumerate(nodelist):
+        depth += {"[": 1, "]": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            end = position
+            break
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodelist[:end])
+
+
+def tasks_per_node(counts: str) -> list[int]:
+    """Slurm's SLURM_STEP_TASKS_PER_NODE, written out: `2(x3),1` gives [2, 2, 2, 1]."""
+    expanded: list[int] = []
+    for part in counts.split(","):
+        count, _, repeat = part.partition("(x")
+        expanded += [int(count)] * int(repeat.rstrip(")") or "1")
+    return expanded
+
+
+@dataclass(frozen=True)
+class _Outcome(Generic[T]):
+    """What an action gave on one rank: a value, or the line of the user's error."""
+
+    value: T | None = None
+    error: str | None = None
+
+
+def _attempt(action: Callable[[], T]) -> _Outcome[T]:
+    try:
+        return _Outcome(value=action())
+    except UserError as error:
+        return _Outcome(error=str(error))
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of this run and the collectives they share.
+
+    Every rank must make the same calls in the same order; a rank that leaves one out makes all
+    others wait until the group's timeout. With one process each call returns at once.
+    """
+
+    launch: Launch
+    device: torch.device
+    backend: Literal["gloo", "nccl", "none"]
+
+    @property
+    def rank(self) -> int:
+        """Global rank, 0 to world_size - 1."""
+        return self.launch.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes in the run."""
+        return self.launch.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes and speaks."""
+        return self.launch.rank == 0
+
+    def facts(self) -> dict[str, Any]:
+        """What a record of the run should say about its processes."""
+        return {
+            "launcher": self.launch.launcher,
+            "world_size": self.world_size,
+            "device": str(self.device),
+            "backend": self.backend,
+        }
+
+    def description(self) -> str:
+        """The same for a person, in one phrase."""
+        count = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
+        talk = f", {self.backend}" if self.backend != "none" else ""
+        return f"{count} ({self.launch.launcher}), {self.device.type}{talk}"
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum `values` over all ranks, in place; returns it. Same shape and dtype on every rank."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: T) -> list[T]:
+        """One picklable value from every rank, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def agree(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank and return this rank's value.
+
+        Without the exchange a rank whose input is bad would leave and the others would wait for it.
+
+        Raises:
+            UserError: on all ranks, if `action` raised one on any.
+        """
+        return self._values(self.gather(_attempt(action)))[self.rank]
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 alone; every rank returns its (picklable) value.
+
+        Raises:
+            UserError: on all ranks, if `action` raised one.
+        """
+        outcome = [_attempt(action) if self.is_main else _Outcome[T]()]
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        return self._values(outcome)[0]
+
+    def once_per_host(self, action: Callable[[], T]) -> T:
+        """Run `action` on local rank 0 of each host; the host's ranks return its (picklable) value.
+
+        Raises:
+            UserError: on all ranks, if `action` raised one on any host.
+        """
+        first_here = self.launch.local_rank == 0
+        outcomes = self.gather(_attempt(action) if first_here else _Outcome[T]())
+        firsts = self.gather(self.launch.node_rank if first_here else None)
+        return self._values(outcomes)[firsts.index(self.launch.node_rank)]
+
+    def _values(self, outcomes: "list[_Outcome[T]]") -> list[T]:
+        for rank, outcome in enumerate(outcomes):
+            if outcome.error is not None:
+                raise UserError(outcome.error if rank == 0 else f"rank {rank}: {outcome.error}")
+        return [outcome.value for outcome in outcomes]  # type: ignore[misc]
+
+    def require_same(self, what: str, value: str, remedy: str) -> None:
+        """Check that `value` is equal on all ranks.
+
+        Raises:
+            UserError: on all ranks, naming the first rank that differs from rank 0.
+        """
+        values = self.gather(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise UserError(
+                    f"{what} differs: rank {rank} has {other}, rank 0 has {values[0]}; {remedy}"
+                )
+
+
+@contextlib.contextmanager
+def join(launch: Launch, device: str, backend: str) -> Iterator[World]:
+    """Pick this process's device, join the process group, and leave it at the end.
+
+    One process needs no group and makes none.
+
+    Args:
+        launch: from `read_launch`.
+        device: "auto", "cpu" or "cuda".
+        backend: "auto", "gloo" or "nccl".
+
+    Raises:
+        UserError: the device is not there, or the backend does not fit it.
+    """
+    chosen = pick_device(launch, device)
+    if launch.world_size == 1:
+        yield World(launch, chosen, "none")
+        return
+    name: Literal["gloo", "nccl"] = "nccl" if chosen.type == "cuda" else "gloo"
+    if backend == "nccl" and name == "gloo":
+        raise UserError("--backend nccl: there is no GPU here; use --backend gloo")
+    if backend == "gloo":
+        name = "gloo"
+    dist.init_process_group(
+        name,
+        init_method=f"tcp://{launch.master_addr}:{launch.master_port}"
+        if launch.launcher == "srun"
+        else "env://",
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=SETUP_TIMEOUT,
+        device_id=chosen if name == "nccl" else None,
+    )
+    yield World(launch, chosen, name)
+    # Only on the good path: after a failure the peers may be gone, and destroying would wait.
+    # Rank 0 may host the store: the barrier keeps it there until nobody needs it.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def pick_device(launch: Launch, device: str) -> torch.device:
+    """The CPU, or the GPU of this process's local rank.
+
+    Raises:
+        UserError: --device cuda without a GPU, or more processes on the host than GPUs.
+    """
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if gpus == 0:
+        if device == "cuda":
+            raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+        return torch.device("cpu")
+    # With one GPU bound to each srun task, every task sees its own as number 0.
+    bound = launch.launcher == "srun" and gpus == 1
+    index = 0 if bound else launch.local_rank
+    if index >= gpus:
+        raise UserError(
+            f"--device {device}: {launch.local_world_size} processes on a host with {gpus} GPU(s); "
+            f"start at most {gpus} there or use --device cpu"
+        )
+    chosen = torch.device("cuda", index)
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def exit_with_user_error(launch: Launch, error: UserError) -> int:
+    """Show the line once, from rank 0, and return exit code 2 on every rank.
+
+    Torchrun stops all ranks as soon as one ends: a rank that ends before rank 0 has spoken would
+    silence it. Within a process group, where every rank has the error, the others wait for word in
+    its store; before there is one, each found the error by itself and waits to be stopped.
+    """
+    store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+    if launch.rank == 0:
+        print(f"mnist-dist: error: {error}", file=sys.stderr, flush=True)
+        if store is not None:
+            store.set("mnist-dist/error-said", "")
+    elif store is not None:
+        with contextlib.suppress(RuntimeError):  # rank 0 may have taken the store with it
+            store.wait(["mnist-dist/error-said"], timedelta(seconds=20))
+    elif launch.launcher == "torchrun":
+        agent, deadline = os.getppid(), time.monotonic() + 20
+        while time.monotonic() < deadline and os.getppid() == agent:
+            time.sleep(0.05)
+    return 2

@@ -1,0 +1,132 @@
+"""The collectives: an error on one rank is everybody's, and nobody is left waiting."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import free_port, run_job, run_ranks, torchrun_environment
+
+from mnist_dist.errors import UserError
+from mnist_dist.world import Launch, World, join, pick_device, read_launch
+
+
+def try_everything() -> dict[str, Any]:
+    """What each collective gives on this rank, with values and with an error on rank 1 or 0."""
+    with join(read_launch(), "cpu", "auto") as world:
+
+        def fails_on(rank: int) -> str:
+            if world.rank == rank:
+                raise UserError("--data x: no such thing")
+            return f"from {world.rank}"
+
+        def error_of(call: Any) -> str:
+            try:
+                call()
+            except UserError as error:
+                return str(error)
+            return ""
+
+        return {
+            "sum": world.sum(torch.tensor([1.0, world.rank], dtype=torch.float64)).tolist(),
+            "gather": world.gather(world.rank * 10),
+            "agree": world.agree(lambda: fails_on(99)),
+            "agree error": error_of(lambda: world.agree(lambda: fails_on(1))),
+            "on_main": world.on_main(lambda: fails_on(99)),
+            "on_main error": error_of(lambda: world.on_main(lambda: fails_on(0))),
+            "once_per_host": world.once_per_host(lambda: fails_on(99)),
+            "same": error_of(lambda: world.require_same("--data", "abc", "mend it")),
+            "differs": error_of(lambda: world.require_same("--data", str(world.rank), "mend it")),
+        }
+
+
+def test_collectives_give_every_rank_the_same_values_and_errors() -> None:
+    results = run_ranks(try_everything, 3)
+    for rank, result in enumerate(results):
+        assert result["sum"] == [3.0, 3.0]
+        assert result["gather"] == [0, 10, 20]
+        assert result["agree"] == f"from {rank}"
+        assert result["agree error"] == "rank 1: --data x: no such thing"
+        assert result["on_main"] == "from 0"
+        assert result["on_main error"] == "--data x: no such thing"
+        assert result["once_per_host"] == "from 0"
+        assert result["same"] == ""
+        assert result["differs"] == "--data differs: rank 1 has 1, rank 0 has 0; mend it"
+
+
+def two_hosts() -> tuple[str, str]:
+    with join(read_launch(), "cpu", "auto") as world:
+        per_host = world.once_per_host(lambda: f"from rank {world.rank}")
+
+        def fails_on_host_1() -> str:
+            if world.launch.node_rank == 1:
+                raise UserError("no disk")
+            return "fine"
+
+        try:
+            world.once_per_host(fails_on_host_1)
+        except UserError as error:
+            return per_host, str(error)
+        return per_host, ""
+
+
+def test_each_hosts_first_rank_acts_for_it_however_ranks_are_laid_out() -> None:
+    """Slurm may deal ranks to hosts in turn: here ranks 0 and 2 are on host 0, 1 and 3 on 1."""
+    port = free_port()
+    environments = [
+        torchrun_environment(rank, 4, port, "x")
+        | {"GROUP_RANK": str(rank % 2), "LOCAL_RANK": str(rank // 2), "LOCAL_WORLD_SIZE": "2"}
+        for rank in range(4)
+    ]
+    values = run_ranks(two_hosts, 4, environments=environments)
+    assert [value for value, _ in values] == ["from rank 0", "from rank 1"] * 2
+    assert {error for _, error in values} == {"rank 1: no disk"}
+
+
+def group_state() -> tuple[bool, str]:
+    with join(read_launch(), "cpu", "auto") as world:
+        return torch.distributed.is_initialized(), world.backend
+
+
+def test_one_process_makes_no_process_group_and_several_use_gloo_on_cpus() -> None:
+    assert run_ranks(group_state, 1) == [(False, "none")]
+    assert run_ranks(group_state, 2) == [(True, "gloo")] * 2
+
+
+def test_a_gpu_that_is_not_there_is_the_users_error() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert pick_device(Launch("alone"), "auto") == torch.device("cpu")
+    with pytest.raises(UserError, match="--device cuda"):
+        pick_device(Launch("alone"), "cuda")
+
+
+def srun_environment(rank: int, world_size: int, job: str) -> dict[str, str]:
+    """What srun sets for a task, two tasks a node, all nodes being this host."""
+    return {
+        "SLURM_JOB_ID": job,
+        "SLURM_NTASKS": str(world_size),
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank % 2),
+        "SLURM_NODEID": str(rank // 2),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_TASKS": str(world_size),
+        "SLURM_STEP_TASKS_PER_NODE": f"2(x{world_size // 2})",
+    }
+
+
+def test_srun_tasks_find_each_other_and_train(tmp_path: Path) -> None:
+    job = str(free_port())  # any number that no other test has
+    environments = [srun_environment(rank, 4, job) for rank in range(4)]
+    flags = ["--data=bundled", "--train-samples=200", "--epochs=1"]
+    ended = run_job(tmp_path, 4, *flags, environments=environments)
+    assert [e.code for e in ended] == [0] * 4, ended
+    assert "4 processes (srun)" in ended[0].out
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.endswith(f"_slurm-{job}")
+
+
+def test_world_description_names_count_launcher_and_device() -> None:
+    world = World(Launch("torchrun", world_size=3), torch.device("cpu"), "gloo")
+    assert world.description() == "3 processes (torchrun), cpu, gloo"

@@ -1,0 +1,83 @@
+"""The shape of the house: imports run one way, rooms stay small."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from processes import ROOT
+
+# From the ground up: a module may import from lines above its own, and within `data` from `data`.
+LAYERS = [
+    {"errors", "atomic", "model"},
+    {"config", "world"},
+    {"state"},
+    {"sharding", "checkpoint", "tracking", "run_directory", "data"},
+    {"engine"},
+    {"train_ddp"},
+    {"__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LONGEST_FUNCTION = 55
+MODULES = sorted([*(ROOT / "mnist_dist").rglob("*.py"), ROOT / "train_ddp.py"])
+
+
+def room(file: Path) -> str:
+    """`mnist_dist/data/idx.py` and `mnist_dist.data.idx` are both in the room `data`."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def imported(file: Path) -> set[str]:
+    """The project's modules that `file` imports anywhere, as rooms."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} uses a relative import"
+            names = [node.module or ""]
+            if node.module == "mnist_dist":
+                names = [f"mnist_dist.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name == "train_ddp":
+                found.add(name)
+            if name.startswith("mnist_dist."):
+                found.add(name.split(".")[1])
+    return found - {"__version__"}
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_run_down_the_layers_only(file: Path) -> None:
+    own = room(file)
+    if own == "__init__":
+        assert imported(file) == set()
+        return
+    assert own in LEVEL, f"{own} has no layer yet: give it one here"
+    for other in imported(file) - {own}:
+        assert LEVEL[other] < LEVEL[own], f"{own} imports {other}"
+
+
+def test_only_the_commands_see_the_configuration() -> None:
+    users = {room(file) for file in MODULES if "config" in imported(file)}
+    assert users == {"train_ddp"}
+
+
+def test_only_world_reads_the_launchers_environment() -> None:
+    markers = ("SLURM_", "TORCHELASTIC_", "LOCAL_RANK", "MASTER_ADDR")
+    readers = {room(file) for file in MODULES if any(m in file.read_text() for m in markers)}
+    assert readers == {"world"}
+
+
+@pytest.mark.parametrize("folder", ["mnist_dist", "tests", "benchmarks", "."])
+def test_no_function_is_longer_than_a_screen(folder: str) -> None:
+    files = (ROOT / folder).glob("*.py") if folder == "." else (ROOT / folder).rglob("*.py")
+    long = [
+        f"{file.relative_to(ROOT)}:{node.name}"
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno + 1 > LONGEST_FUNCTION
+    ]
+    assert long == []

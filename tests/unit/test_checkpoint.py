@@ -1,0 +1,137 @@
+"""Contract C4: a checkpoint is there whole or not at all, and a damaged one is never used."""
+
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mnist_dist.checkpoint import CheckpointStore, load_checkpoint
+from mnist_dist.errors import UserError
+
+
+def state(step: int) -> dict[str, Any]:
+    return {"model": {"w": torch.full((3,), float(step))}, "step": step}
+
+
+def opened(directory: Path, keep: int = 3) -> CheckpointStore:
+    store = CheckpointStore(directory / "checkpoints", keep)
+    store.open()
+    return store
+
+
+def newest(store: CheckpointStore) -> dict[str, Any]:
+    found, _ = store.load_latest()
+    assert found is not None
+    return found
+
+
+def test_a_new_run_has_no_checkpoint(tmp_path: Path) -> None:
+    assert opened(tmp_path).load_latest() == (None, [])
+
+
+def test_the_newest_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    for step in (5, 300, 20):
+        store.save(state(step), step, {"val/loss": 0.5})
+    found = newest(store)
+    assert found["step"] == 300
+    assert torch.equal(found["model"]["w"], state(300)["model"]["w"])
+    facts = json.loads((store.directory / "step_00000300.json").read_text())
+    assert (facts["step"], facts["val/loss"]) == (300, 0.5)
+    assert facts["bytes"] == (store.directory / "step_00000300.pt").stat().st_size
+
+
+def test_the_last_k_and_the_best_are_kept(tmp_path: Path) -> None:
+    store = opened(tmp_path, keep=2)
+    for step in range(1, 6):
+        store.save(state(step), step, {})
+        if step == 2:
+            store.save_best(state(step), step, {})
+    assert {p.name for p in store.directory.iterdir()} == {
+        *("step_00000004.pt", "step_00000004.json", "step_00000005.pt", "step_00000005.json"),
+        *("best.pt", "best.json"),
+    }
+    assert store.load_best()["step"] == 2
+
+
+def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.save(state(1), 1, {})
+    (store.directory / ".step_00000002.pt.partial").write_bytes(b"half")
+    (store.directory / "step_00000002.json").write_text("{}")
+    (store.directory / "notes.txt").write_text("mine")
+    store.open()
+    names = {p.name for p in store.directory.iterdir()}
+    assert names == {"step_00000001.pt", "step_00000001.json", "notes.txt"}
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "pickle", "no sidecar"])
+def test_a_damaged_newest_is_named_and_the_older_one_used(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = opened(tmp_path)
+    store.save(state(1), 1, {})
+    path = store.save(state(2), 2, {})
+    content = path.read_bytes()
+    middle = len(content) // 2
+    match damage:
+        case "truncated":
+            path.write_bytes(content[:middle])
+        case "flipped":
+            path.write_bytes(
+                content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            )
+        case "empty":
+            path.write_bytes(b"")
+        case "pickle":
+            path.write_bytes(pickle.dumps(Malicious()))
+        case _:
+            path.with_suffix(".json").unlink()
+    found, damaged = store.load_latest()
+    assert found is not None
+    assert found["step"] == 1
+    assert len(damaged) == 1
+    assert "step_00000002" in damaged[0]
+    assert not (tmp_path / "executed").exists()
+    assert store.load_latest()[1] == [], "it is reported once, then set aside"
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_malicious_file_with_a_matching_sidecar_executes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = pickle.dumps(Malicious())
+    (tmp_path / "x.pt").write_bytes(content)
+    (tmp_path / "x.json").write_text(json.dumps({"sha256": hashlib.sha256(content).hexdigest()}))
+    with pytest.raises(UserError, match=r"x\.pt"):
+        load_checkpoint(tmp_path / "x.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_all_damaged_is_a_refusal_and_no_fresh_start(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    for step in (1, 2):
+        store.save(state(step), step, {}).write_bytes(b"")
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        store.load_latest()
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        opened(tmp_path).load_latest()
+
+
+def test_saving_again_replaces_the_file_whole(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.save(state(1), 1, {})
+    store.save({**state(1), "more": 1}, 1, {})
+    assert newest(store)["more"] == 1

@@ -1,0 +1,110 @@
+"""Who am I: what torchrun, srun and plain python tell a process."""
+
+import pytest
+from processes import torchrun_environment
+
+from mnist_dist.errors import UserError
+from mnist_dist.world import Launch, first_host, read_launch, tasks_per_node
+
+# What a real `srun` (22.05) sets for task 3 of 4 on two nodes, as far as it is read.
+SRUN = {
+    "SLURM_JOB_ID": "17",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+}
+
+
+def test_plain_python_is_one_process_alone() -> None:
+    assert read_launch({}) == Launch("alone")
+    assert read_launch({"RANK_OF_NOBLES": "3", "PATH": "/bin"}) == Launch("alone")
+
+
+def test_torchrun_tells_rank_world_and_run() -> None:
+    launch = read_launch(torchrun_environment(2, 4, 29500, "7f-a"))
+    assert launch == Launch(
+        launcher="torchrun",
+        rank=2,
+        local_rank=2,
+        world_size=4,
+        local_world_size=4,
+        node_rank=0,
+        master_addr="127.0.0.1",
+        master_port=29500,
+        job_id="torchrun-7f-a",
+    )
+
+
+def test_a_torchrun_launch_without_a_run_id_names_no_job() -> None:
+    assert read_launch(torchrun_environment(0, 2, 29500, "none")).job_id is None
+
+
+def test_an_srun_task_knows_its_place_and_the_first_host() -> None:
+    launch = read_launch(SRUN)
+    assert (launch.launcher, launch.rank, launch.world_size) == ("srun", 3, 4)
+    assert (launch.local_rank, launch.local_world_size, launch.node_rank) == (1, 2, 1)
+    assert (launch.master_addr, launch.job_id) == ("n1", "slurm-17")
+    assert launch.master_port is not None
+    assert 1024 < launch.master_port < 32768
+
+
+def test_all_tasks_of_a_step_agree_on_the_port_and_other_jobs_have_another() -> None:
+    def port(**changed: str) -> int | None:
+        return read_launch({**SRUN, **changed}).master_port
+
+    assert port() == port(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NODEID="0")
+    assert port() not in (port(SLURM_JOB_ID="18"), port(SLURM_STEP_ID="1"))
+    assert port(MASTER_PORT="4321") == 4321
+
+
+def test_torchrun_inside_a_slurm_job_is_torchrun_and_keeps_the_jobs_name() -> None:
+    launch = read_launch({**SRUN, **torchrun_environment(1, 2, 29500, "x")})
+    assert (launch.launcher, launch.rank, launch.world_size) == ("torchrun", 1, 2)
+    assert launch.job_id == "slurm-17"
+
+
+def test_a_batch_script_that_starts_python_without_srun_is_alone() -> None:
+    """Slurm sets SLURM_NTASKS and SLURM_PROCID there too, but nobody starts the other tasks."""
+    batch = {k: v for k, v in SRUN.items() if not k.startswith("SLURM_STEP_")}
+    launch = read_launch({**batch, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
+    assert (launch.launcher, launch.world_size, launch.job_id) == ("alone", 1, "slurm-17")
+
+
+def test_each_task_of_an_array_is_a_job_of_its_own() -> None:
+    array = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "42"}
+    assert read_launch({**SRUN, **array}).job_id == "slurm-40-2"
+
+
+def test_half_an_environment_is_refused_and_names_what_is_missing() -> None:
+    broken = torchrun_environment(0, 2, 29500, "x")
+    del broken["MASTER_PORT"]
+    with pytest.raises(UserError, match="MASTER_PORT"):
+        read_launch(broken)
+    with pytest.raises(UserError, match="many"):
+        read_launch({**torchrun_environment(0, 2, 29500, "x"), "WORLD_SIZE": "many"})
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("n[1-2]", "n1"),
+        ("gpu[03-07,9]-ib,x1", "gpu03-ib"),
+        ("rack[2,4]node[007-012]", "rack2node007"),
+        ("a-b.example[10]", "a-b.example10"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodelist: str, first: str) -> None:
+    assert first_host(nodelist) == first
+
+
+def test_task_counts_are_written_out() -> None:
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    assert tasks_per_node("4") == [4]
