@@ -1,0 +1,147 @@
+"""The job under its real launchers: `torchrun` and plain `python`, as a user types them."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from data_files import digits, write_npz
+from processes import ROOT, Ended, command, metrics
+
+SCRIPT = str(ROOT / "train_ddp.py")
+SMALL = ["--data=bundled", "--train-samples=300", "--epochs=2"]
+
+
+def torchrun(
+    directory: Path, processes: int, *flags: str, environment: dict[str, str] | None = None
+) -> Ended:
+    words = ["torchrun", f"--nproc_per_node={processes}", SCRIPT, *flags]
+    return command(directory, *words, environment=environment)
+
+
+def said(ended: Ended) -> list[str]:
+    """The lines that are ours, not torchrun's."""
+    return [line for line in ended.err.splitlines() if line.startswith("mnist-dist:")]
+
+
+def test_torchrun_trains_to_the_end_and_one_rank_speaks(tmp_path: Path) -> None:
+    ended = torchrun(tmp_path, 4, *SMALL)
+    assert ended.code == 0, ended.err
+    assert "4 processes (torchrun), cpu, gloo" in ended.out
+    assert ended.out.count("epoch 2/2 ") == 1
+    assert said(ended) == []
+    (run,) = (tmp_path / "runs").iterdir()
+    assert json.loads((run / "status.json").read_text())["status"] == "completed"
+    assert ended.out.splitlines()[-1] == f"run    runs/{run.name}"
+
+
+def test_plain_python_trains_without_a_process_group(tmp_path: Path) -> None:
+    ended = command(tmp_path, "python", SCRIPT, *SMALL, "--run-dir=run")
+    assert ended.code == 0, ended.err
+    assert "1 process (alone), cpu" in ended.out
+    assert len(metrics(tmp_path / "run")) == 3
+
+
+def test_the_installed_command_is_the_same_job(tmp_path: Path) -> None:
+    ended = command(tmp_path, "mnist-dist", "train", *SMALL, "--run-dir=run")
+    assert ended.code == 0, ended.err
+    assert len(metrics(tmp_path / "run")) == 3
+    module = command(tmp_path, "torchrun", "-m", "mnist_dist", "train", *SMALL, "--run-dir=two")
+    assert module.code == 0, module.err
+    assert command(tmp_path, "mnist-dist", "trian").code == 2
+
+
+def test_without_full_data_and_network_the_bundled_digits_are_used_and_said_once(
+    tmp_path: Path,
+) -> None:
+    here = {"MNIST_DIST_CACHE": str(tmp_path / "cache")}
+    ended = torchrun(tmp_path, 4, "--train-samples=100", "--epochs=1", environment=here)
+    assert ended.code == 0, ended.err
+    (line,) = said(ended)
+    assert "warning" in line
+    assert "--data" in line
+    assert "bundled 5,000-digit subset" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--lr", "-1"], ["--lr", "-1"]),
+        (["--no-such-flag"], ["--no-such-flag"]),
+        (["--data", "/nowhere/mnist.npz"], ["/nowhere/mnist.npz"]),
+        (["--data=bundled", "--run-dir=/proc/mnist"], ["--run-dir", "/proc/mnist"]),
+        (["--data=bundled", "--train-samples=5000"], ["--train-samples", "5000"]),
+    ],
+)
+def test_a_users_mistake_is_one_line_from_one_of_four_ranks(
+    flags: list[str], names: list[str], tmp_path: Path
+) -> None:
+    ended = torchrun(tmp_path, 4, *flags)
+    assert ended.code != 0
+    (line,) = said(ended)
+    for name in names:
+        assert name in line
+    assert "exitcode  : 2" in ended.err, "torchrun's own report has the code"
+    assert "train_ddp.py\", line" not in ended.err, "no traceback through our code"
+    assert [p.name for p in tmp_path.iterdir()] == [], "nothing was created"
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--lr", "-1"], ["--lr", "-1"]),
+        (["--global-batch-size", "0"], ["--global-batch-size", "0"]),
+        (["--epochs", "x"], ["--epochs", "x"]),
+        (["--quick"], ["--quick"]),
+        (["--data=bundled", "--run-dir", "file/run"], ["--run-dir", "file/run"]),
+        (["--data", "empty"], ["empty"]),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    flags: list[str], names: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "empty").mkdir()
+    ended = command(tmp_path, "python", SCRIPT, *flags)
+    assert ended.code == 2
+    (line,) = ended.err.splitlines()
+    assert line.startswith("mnist-dist: error: ")
+    for name in names:
+        assert name in line
+    assert ended.out == ""
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "empty"}
+
+
+def test_two_jobs_of_two_ranks_at_once_convert_a_cold_source_once(tmp_path: Path) -> None:
+    write_npz(tmp_path / "mnist.npz", digits(train=300, test=20))
+    cache = tmp_path / "cache"
+    flags = ["--data=mnist.npz", f"--cache-dir={cache}", "--epochs=1"]
+    started = time.time()
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT, *flags],
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    outputs = [job.communicate(timeout=200)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], outputs
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    (entry,) = cache.glob("*.pt")
+    assert entry.stat().st_mtime >= started
+
+
+def test_help_starts_no_process_group_and_names_every_flag(tmp_path: Path) -> None:
+    """With the address of a store that does not exist, joining would fail."""
+    nowhere = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    nowhere |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9", "TORCHELASTIC_RUN_ID": "x"}
+    ended = command(tmp_path, "python", SCRIPT, "--help", environment=nowhere, timeout=60)
+    assert ended.code == 0
+    assert "--global-batch-size" in ended.out
+    assert list(tmp_path.iterdir()) == []
