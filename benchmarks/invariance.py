@@ -1,0 +1,41 @@
+"""The same run at several world sizes: how far apart are the curves?
+
+python -m benchmarks.invariance --world-sizes 1 2 4
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from benchmarks.jobs import train
+
+
+def main() -> None:
+    """Print one row per world size."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default="auto")
+    parser.add_argument("--epochs", default="25")
+    parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
+    chosen = parser.parse_args()
+    print(
+        "| processes | final val loss | test accuracy | largest relative difference of a val loss |"
+    )
+    print("|---|---|---|---|")
+    first: list[float] = []
+    for world_size in chosen.world_sizes:
+        with tempfile.TemporaryDirectory() as directory:
+            run = Path(directory) / "run"
+            *epochs, test = train(
+                run, world_size, f"--data={chosen.data}", f"--epochs={chosen.epochs}"
+            )
+        losses = [epoch["val/loss"] for epoch in epochs]
+        first = first or losses
+        apart = max(abs(a - b) / b for a, b in zip(losses, first, strict=True))
+        print(
+            f"| {world_size} | {losses[-1]:.6f} | {test['test/accuracy']:.2%} | {apart:.1e} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

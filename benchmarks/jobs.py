@@ -1,0 +1,22 @@
+"""Run the real job as a user would, and read what it recorded."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+
+def train(run_dir: Path, processes: int, *flags: str) -> list[dict[str, Any]]:
+    """Train in `run_dir` on `processes` processes; the objects of its metrics.jsonl.
+
+    Raises:
+        subprocess.CalledProcessError: the job did not end well; its output is on the console.
+    """
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    launcher = torchrun if processes > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "train_ddp.py"), f"--run-dir={run_dir}"]
+    subprocess.run([*command, *flags], check=True, stdout=subprocess.DEVNULL)
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
