@@ -103,7 +103,7 @@ def python2_pickled(made: Digits) -> bytes:
 
 def _python2_array(array: Array) -> bytes:
     data: bytes = array.tobytes()
-    code = array.dtype.str[1:].encode()
+    code: bytes = array.dtype.str[1:].encode()
     shape = b"".join(b"J" + struct.pack("<i", size) for size in array.shape)
     reconstructed = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR"
     minus_one = b"J" + struct.pack("<i", -1)
@@ -121,7 +121,7 @@ def python2_text_pickled(made: Digits) -> bytes:
 def _text_array(array: Array) -> bytes:
     data = "".join(f"\\x{byte:02x}" for byte in array.tobytes()).encode()
     shape = b"".join(b"I%d\n" % size for size in array.shape)
-    code = array.dtype.str[1:].encode()
+    code: bytes = array.dtype.str[1:].encode()
     dtype = b"cnumpy\ndtype\n(S'%s'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntb" % code
     reconstructed = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
     return reconstructed + b"(I1\n(" + shape + b"t" + dtype + b"I00\nS'" + data + b"'\ntb"
