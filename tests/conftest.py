@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT
 
-SHARED = Path(os.environ.get("MNIST_DIST_SHARED_DATA", ROOT.parent / "shared" / "data"))
+SHARED = Path(os.environ.get("MNIST_DIST_SHARED_DATA", ROOT.parent / "shared" / "data")).resolve()
 
 
 @pytest.fixture(autouse=True, scope="session")
