@@ -84,7 +84,7 @@ def test_a_users_mistake_is_one_line_from_one_of_four_ranks(
     for name in names:
         assert name in line
     assert "exitcode  : 2" in ended.err, "torchrun's own report has the code"
-    assert "train_ddp.py\", line" not in ended.err, "no traceback through our code"
+    assert 'train_ddp.py", line' not in ended.err, "no traceback through our code"
     assert [p.name for p in tmp_path.iterdir()] == [], "nothing was created"
 
 
