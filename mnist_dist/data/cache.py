@@ -11,6 +11,7 @@ import secrets
 import shutil
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -69,6 +70,19 @@ def read(entry: Path) -> Dataset:
     with blaming(entry, "remove it and start again: it is made anew"):
         content = torch.load(entry, map_location="cpu", mmap=True, weights_only=True)
         return _dataset(content)
+
+
+def verify(entry: Path) -> None:
+    """Compare an entry's content with the checksums that `torch.save` put in; about 15 ms.
+
+    Raises:
+        DataError: there is none, or it was damaged since it was written.
+    """
+    with blaming(entry, "remove it and start again: it is made anew"):
+        with zipfile.ZipFile(entry) as file:
+            damaged = file.testzip()
+        if damaged is not None:
+            raise MalformedError(f"is damaged: {damaged} does not have its checksum")
 
 
 def write(entry: Path, dataset: Dataset) -> None:

@@ -68,6 +68,7 @@ def _once(entry: Path, make: Callable[[cache.Place], Located]) -> Located:
 
 def _cached(entry: Path) -> Located | None:
     try:
+        cache.verify(entry)
         return Located(entry, cache.read(entry).description)
     except DataError:
         return None
