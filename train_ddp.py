@@ -7,26 +7,29 @@ srun python train_ddp.py                       one per Slurm task
 
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing import errors as elastic_errors
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
 
-from mnist_dist.checkpoint import CheckpointStore
 from mnist_dist.config import TrainConfig, parse_config
 from mnist_dist.data import Dataset, load, locate
 from mnist_dist.engine import evaluate, train_epoch
-from mnist_dist.errors import UserError
+from mnist_dist.errors import JobError, Preempted, ReportedError, UserError
+from mnist_dist.failures import LostContactError
+from mnist_dist.interruption import Agreement, StopRequest, leave_with_launcher
 from mnist_dist.model import MLP
-from mnist_dist.run_directory import RunDirectory, environment_facts, find_run_directory
+from mnist_dist.record import Record
+from mnist_dist.run_directory import code_digest, find_run_directory
 from mnist_dist.sharding import Sharding
 from mnist_dist.state import TrainState
-from mnist_dist.tracking import Console, Tracker
-from mnist_dist.world import Launch, World, exit_with_user_error, join, read_launch
+from mnist_dist.tracking import Console
+from mnist_dist.world import Launch, World, exit_with_error, join, leave, read_launch
 
 
 @dataclass(frozen=True)
@@ -39,46 +42,40 @@ class Job:
     dataset: Dataset
     sharding: Sharding
     state: TrainState
-    run: RunDirectory
-    store: CheckpointStore
-    tracker: Tracker
+    record: Record
 
 
 def train(config: TrainConfig, launch: Launch) -> None:
     """The whole job, in order. Every rank runs all of it; rank 0 alone writes and speaks."""
-    with join(launch, config.device, config.backend) as world:
-        job = set_up(config, world)
-        if resume(job):
-            job.console.say(f"{job.run}: already complete; --epochs N goes on to N epochs")
-            return
-        if world.is_main:
-            open_record(job)
-        try:
+    job = None
+    try:
+        with join(launch, config.device, config.backend, config.setup_timeout) as world:
+            if world.world_size > 1:
+                leave_with_launcher(world.rank)
+            job = set_up(config, world)
+            if resume(job):
+                job.console.say(f"{job.record}: already complete; --epochs N goes on to N epochs")
+                return
+            begin(job)
             fit(job)
-            results = test(job)
-        except BaseException as error:
-            if world.is_main:
-                job.run.write_status("failed", job.state.epoch, job.state.step, repr(error))
-            raise
-        job.tracker.close(config.to_json() | {"world_size": world.world_size}, results)
-        if world.is_main:
-            job.run.write_status("completed", job.state.epoch, job.state.step, "all epochs done")
-        job.console.say(f"run    {job.run}")
+            test(job)
+    except BaseException as error:
+        if job is not None and job.world.is_main:
+            job.record.end(job.state, error)
+        raise
 
 
 def set_up(config: TrainConfig, world: World) -> Job:
-    """Data, model and the names of the run's files, equal on every rank; nothing is written."""
+    """Data, model and the name of the run's record; nothing is written."""
     console = Console(speaks=world.is_main)
     dataset = load_data(config, world, console)
     sharding = Sharding(
         len(dataset.train), config.global_batch_size, world.rank, world.world_size, config.seed
     )
     state = build_state(config, dataset, sharding, world.device)
-    path = world.on_main(lambda: find_run_directory(config.run_dir, world.launch.job_id))
-    store = CheckpointStore(path / "checkpoints", config.keep_checkpoints)
-    return Job(
-        config, world, console, dataset, sharding, state, RunDirectory(path), store, Tracker(path)
-    )
+    path = world.once_per_host(lambda: find_run_directory(config.run_dir, world.launch.job_id))
+    record = Record(path, config.keep_checkpoints, console)
+    return Job(config, world, console, dataset, sharding, state, record)
 
 
 def load_data(config: TrainConfig, world: World, console: Console) -> Dataset:
@@ -89,7 +86,10 @@ def load_data(config: TrainConfig, world: World, console: Console) -> Dataset:
     dataset = world.agree(lambda: load(located))
     if (samples := config.train_samples) is not None:
         dataset = world.agree(lambda: dataset.first_training_samples(samples))
-    world.require_same("--data", dataset.fingerprint, "give every host the same files")
+    world.require_same(
+        config.to_flags() | {"the code": code_digest(), "the data": dataset.fingerprint},
+        "give every process the same flags, code and data",
+    )
     return dataset.to(world.device)
 
 
@@ -107,42 +107,54 @@ def build_state(
         steps = config.epochs * sharding.steps_per_epoch
         scheduler = OneCycleLR(optimizer, config.lr, steps, cycle_momentum=False)
     identity = config.maths() | {"data": dataset.fingerprint}
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    return TrainState(model, optimizer, scheduler, identity, loss_sum)
+    return TrainState(model, optimizer, scheduler, identity)
 
 
 def resume(job: Job) -> bool:
-    """Open the run and continue from its newest checkpoint, if any; True if nothing is left."""
+    """Open the run and continue from its newest checkpoint, if any; True if nothing is left.
 
-    def open_and_load() -> tuple[dict[str, Any] | None, list[str], bool]:
-        job.run.open()
-        job.store.open()
-        return (*job.store.load_latest(), job.run.status == "completed")
+    Hosts need not share a disk: the one with the newest checkpoint gives it to all.
+    """
+    config, world, state, record = job.config, job.world, job.state, job.record
 
-    saved, damaged, completed = job.world.on_main(open_and_load)
+    def find() -> tuple[dict[str, Any] | None, list[str]]:
+        if world.is_main:
+            record.open()
+        first_on_host = world.launch.local_rank == 0
+        return record.store.load_latest(world.is_main) if first_on_host else (None, [])
+
+    saved, damaged = world.agree(find)
+    status = world.on_main(lambda: record.directory.status)
     for line in damaged:
         job.console.warn(f"{line}; using an older checkpoint")
-    if saved is not None:
-        job.state.load_state_dict(saved, job.world)
-        job.console.say(f"resume after epoch {job.state.epoch}, step {job.state.step}")
-    if job.state.epoch > job.config.epochs:
+    steps = world.gather(-1 if saved is None else int(saved["step"]))
+    if max(steps) >= 0:
+        state.load_state_dict(world.broadcast(saved or {}, steps.index(max(steps))), world)
+    elif status in ("completed", "preempted"):
         raise UserError(
-            f"--epochs {job.config.epochs}: the run in {job.run} has {job.state.epoch} behind "
-            "it; give that many or more, or another --run-dir"
+            f"--run-dir {record}: the run there is {status}, but its checkpoints are gone; "
+            "give another --run-dir"
         )
-    return completed and job.state.epoch == job.config.epochs
+    if state.epoch > config.epochs:
+        raise UserError(
+            f"--epochs {config.epochs}: the run in {record} has {state.epoch} behind it; "
+            "give that many or more, or another --run-dir"
+        )
+    if state.best_epoch and not world.on_main(record.store.has_best):
+        job.console.warn(
+            f"best.pt in {record} is gone or damaged: the best epoch from here is kept"
+        )
+        state.best_loss = float("inf")
+    return status == "completed" and state.epoch == config.epochs
 
 
-def open_record(job: Job) -> None:
-    """Say, and write down, what runs where with what."""
-    config, state, run = job.config, job.state, job.run
-    environment = environment_facts() | job.world.facts()
-    run.write_json("config.json", config.to_json())
-    run.write_json("environment.json", environment)
-    run.write_status("running", state.epoch, state.step, "training")
-    job.tracker.open(state.step, {"config": config.to_json(), "environment": environment})
+def begin(job: Job) -> None:
+    """Compare the ranks' weights, say and write down what runs where with what."""
+    config, world, state = job.config, job.world, job.state
+    world.require_same({"the weights": state.weights_digest()}, "this is a bug, or bad memory")
+    world.on_main(lambda: job.record.begin(state, config.to_json(), world.facts()))
     parameters = sum(p.numel() for p in state.model.parameters())
-    job.console.say(f"world  {job.world.description()}, torch {torch.__version__}")
+    job.console.say(f"world  {world.description()}, torch {torch.__version__}")
     job.console.say(f"data   {job.dataset.description}")
     job.console.say(f"model  784-128-256-10, {parameters:,} parameters")
     job.console.say(
@@ -150,13 +162,20 @@ def open_record(job: Job) -> None:
         f"{config.global_batch_size}, SGD lr {config.lr:g} {config.schedule}, "
         f"momentum {config.momentum:g}, weight decay {config.weight_decay:g}"
     )
-    job.console.say(f"run    {run}")
+    job.console.say(f"run    {job.record}")
+    if state.step:
+        job.console.say(f"resume at step {state.step}, {state.epoch} epochs done")
+    world.begin_steps(config.step_timeout)
 
 
 def fit(job: Job) -> None:
     """Train and validate epoch by epoch, from where the state stands."""
     config, state, sharding, world = job.config, job.state, job.sharding, job.world
     model = DistributedDataParallel(state.model) if world.world_size > 1 else state.model
+    minutes = config.checkpoint_every_minutes
+    stop = StopRequest()
+    stop.listen()
+    agreement = Agreement(world, stop, minutes * 60 if minutes else None)
     while state.epoch < config.epochs:
         name = f"epoch {state.epoch + 1:{len(str(config.epochs))}}/{config.epochs}"
         started, first = time.perf_counter(), state.batch
@@ -165,64 +184,119 @@ def fit(job: Job) -> None:
         )
         for loss_sum in job.console.progress(steps, sharding.steps_per_epoch, first, name):
             state.count_step(loss_sum)
-        train_loss = world.sum(state.loss_sum).item() / sharding.samples
+            save_now = state.step % (config.checkpoint_every_steps or sys.maxsize) == 0
+            if agreement.due() or save_now:
+                compare_notes(job, agreement, save_now)
+        compare_notes(job, agreement, save_now=False)
+        train_loss = sum(note[0] for note in world.gather_numbers([state.loss_sum]))
         seconds = time.perf_counter() - started
 
         validation = evaluate(state.model, job.dataset.validation, world)
+        require_same_weights(job)
         improved = state.finish_epoch(validation.loss)
         figures = {
-            "train/loss": train_loss,
+            "train/loss": train_loss / sharding.samples,
             "val/loss": validation.loss,
             "val/accuracy": validation.accuracy,
             "lr": state.optimizer.param_groups[0]["lr"],
             "perf/samples_per_second": sharding.samples_from(first) / seconds,
         }
         # Recorded before it is saved: dying in between repeats the epoch and cuts its record off.
-        job.tracker.record(state.epoch, state.step, figures)
+        if world.is_main:
+            job.record.figures(state, figures)
         job.console.epoch(name, figures, seconds)
-        save(job, improved, figures)
+        due = state.epoch % config.checkpoint_every_epochs == 0 or state.epoch == config.epochs
+        save(job, figures, best=improved, newest=due)
 
 
-def save(job: Job, improved: bool, figures: dict[str, float]) -> None:
-    """Write the checkpoints that are due at the end of an epoch."""
-    config, state = job.config, job.state
-    due = state.epoch % config.checkpoint_every_epochs == 0 or state.epoch == config.epochs
-    if improved or due:
-        saved = state.state_dict(job.world)
-        if job.world.is_main and improved:
-            job.store.save_best(saved, state.step, figures)
-        if job.world.is_main and due:
-            job.store.save(saved, state.step, figures)
+def compare_notes(job: Job, agreement: Agreement, save_now: bool) -> None:
+    """Stop, save or give up, all ranks at this same step.
+
+    Raises:
+        JobError: a loss was not finite.
+        Preempted: a rank was asked to stop; the state is on disk.
+    """
+    state = job.state
+    verdict = agreement.compare(state.settle())
+    if verdict.bad_rank is not None:
+        raise JobError(
+            f"the loss at step {verdict.bad_step} (epoch {state.epoch + 1}) on rank "
+            f"{verdict.bad_rank} is not finite; nothing was saved after it: lower --lr, or look at "
+            f"the data, and start again from {job.record}"
+        )
+    if verdict.save or save_now or verdict.stop:
+        agreement.saved()
+        save(job, {}, best=False, newest=True)
+    if verdict.stop:
+        job.world.on_main(job.record.flush)
+        raise Preempted(
+            f"{verdict.stop} at step {state.step}, saved; the same command with "
+            f"--run-dir {job.record} continues"
+        )
 
 
-def test(job: Job) -> dict[str, float]:
+def require_same_weights(job: Job) -> None:
+    """Compare all ranks' weights, bit by bit.
+
+    Raises:
+        JobError: a rank's weights went their own way, by a fault of its memory or of the code.
+    """
+    digests = job.world.gather(job.state.weights_digest())
+    usual = max(digests, key=digests.count)
+    apart = [str(rank) for rank, digest in enumerate(digests) if digest != usual]
+    if apart:
+        raise JobError(
+            f"the weights of rank(s) {', '.join(apart)} differ from those of the others after step "
+            f"{job.state.step}; suspect that host's memory, and start again from {job.record}"
+        )
+
+
+def save(job: Job, figures: dict[str, float], best: bool, newest: bool) -> None:
+    """Begin to write the checkpoints that are asked for; every rank must take part."""
+    if best or newest:
+        saved = job.state.state_dict(job.world)
+        if job.world.is_main:
+            job.record.save(saved, job.state, figures, best, newest)
+
+
+def test(job: Job) -> None:
     """Evaluate the weights of best.pt on the test split, which nothing else looks at."""
-    state, world = job.state, job.world
-    state.model.load_state_dict(world.on_main(job.store.load_best)["model"])
+    state, world, record = job.state, job.world, job.record
+    world.on_main(record.flush)
+    state.model.load_state_dict(world.on_main(record.store.load_best)["model"])
     result = evaluate(state.model, job.dataset.test, world)
     figures = {"test/loss": result.loss, "test/accuracy": result.accuracy}
-    by_digit = {"test/accuracy_by_digit": result.accuracy_by_class}
-    job.tracker.record(state.epoch, state.step, figures, by_digit)
+    settings = job.config.to_json() | {"world_size": world.world_size}
+    if world.is_main:
+        record.figures(state, figures, {"test/accuracy_by_digit": result.accuracy_by_class})
+    world.on_main(lambda: record.finish(state, settings, figures))
     job.console.say(
         f"test   loss {result.loss:.4f}, accuracy {result.accuracy:.2%} of {result.count:,} digits "
         f"(best.pt: weights of epoch {state.best_epoch})"
     )
     shares = "  ".join(f"{digit}: {s:.1%}" for digit, s in enumerate(result.accuracy_by_class))
     job.console.say(f"       {shares}")
-    return figures
+    job.console.say(f"run    {record}")
 
 
-@record
+@elastic_errors.record
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns the process's exit code."""
     launch = Launch("alone")
     try:
         launch = read_launch()
         train(parse_config(sys.argv[1:] if argv is None else argv), launch)
-    except UserError as error:
-        return exit_with_user_error(launch, error)
+    except ReportedError as error:
+        return exit_with_error(launch, error)
+    except LostContactError:
+        leave(1)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        leave(1)
+    sys.exit(code)

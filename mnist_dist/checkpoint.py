@@ -3,12 +3,16 @@
 A checkpoint is `NAME.pt`, written by `torch.save`, and its sidecar `NAME.json` with the SHA-256 of
 the first. Both appear by renaming a finished, flushed file, sidecar first: whenever the writer
 dies, every `step_*.pt` in the directory is complete and has its sidecar.
+
+Files are written by a thread, in order: training waits for the serialization only.
 """
 
 import hashlib
 import io
 import json
 import re
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,8 @@ class CheckpointStore:
         """Name the directory, and how many of the newest checkpoints to keep beside the best."""
         self.directory = directory
         self.keep = keep
+        self._writer = ThreadPoolExecutor(1, "checkpoint-writer")
+        self._pending: list[Future[None]] = []
 
     def open(self) -> None:
         """Make the directory; sweep temporary files and sidecars that a killed writer left."""
@@ -37,22 +43,35 @@ class CheckpointStore:
             if not sidecar.with_suffix(".pt").exists():
                 sidecar.unlink(missing_ok=True)
 
-    def save(self, state: dict[str, Any], step: int, facts: dict[str, Any]) -> Path:
-        """Write `step_<step>.pt` and its sidecar with `facts`, then delete what is too old."""
-        path = self._write(f"step_{step:08d}", state, {"step": step, **facts})
-        for old in self._steps()[self.keep :]:
-            old.unlink(missing_ok=True)
-            old.with_suffix(".json").unlink(missing_ok=True)
-        return path
+    def save(self, state: dict[str, Any], step: int, facts: Mapping[str, Any]) -> None:
+        """Begin to write `step_<step>.pt` and its sidecar, then to delete what is too old.
 
-    def save_best(self, state: dict[str, Any], step: int, facts: dict[str, Any]) -> Path:
-        """Write `best.pt` and its sidecar in place of the ones before."""
-        return self._write("best", state, {"step": step, **facts})
+        Raises:
+            OSError: an earlier write failed, or the disk cannot take this one; older files are
+                intact.
+        """
+        self._submit(f"step_{step:08d}", state, {"step": step, **facts})
 
-    def load_latest(self) -> tuple[dict[str, Any] | None, list[str]]:
+    def save_best(self, state: dict[str, Any], step: int, facts: Mapping[str, Any]) -> None:
+        """Begin to write `best.pt` and its sidecar in place of the ones before; as `save`."""
+        self._submit("best", state, {"step": step, **facts})
+
+    def flush(self) -> None:
+        """Return when everything that was saved is on disk.
+
+        Raises:
+            OSError: something could not be written.
+        """
+        pending, self._pending = self._pending, []
+        for written in pending:
+            written.result()
+
+    def load_latest(self, set_aside: bool = True) -> tuple[dict[str, Any] | None, list[str]]:
         """The newest sound checkpoint (None in a new run) and what was found damaged on the way.
 
-        Damaged files that are newer are renamed to `<name>.damaged`: not tried or counted again.
+        Args:
+            set_aside: rename newer, damaged files to `<name>.damaged`, so that they are neither
+                tried nor counted again.
 
         Raises:
             UserError: there are checkpoints, and all are damaged; they stay as they are, so that
@@ -65,7 +84,7 @@ class CheckpointStore:
             except UserError as error:
                 damaged[path] = str(error)
                 continue
-            for newer in damaged:
+            for newer in damaged if set_aside else ():
                 newer.replace(newer.with_name(newer.name + ".damaged"))
             return state, list(damaged.values())
         if damaged:
@@ -81,22 +100,45 @@ class CheckpointStore:
         Raises:
             UserError: it is missing or damaged.
         """
+        self.flush()
         return load_checkpoint(self.directory / "best.pt")
 
+    def has_best(self) -> bool:
+        """Whether `best.pt` is there and sound."""
+        try:
+            self.load_best()
+        except UserError:
+            return False
+        return True
+
     def _steps(self) -> list[Path]:
+        if not self.directory.is_dir():
+            return []
         found = {p: _STEP_FILE.fullmatch(p.name) for p in self.directory.iterdir()}
         return sorted((p for p, m in found.items() if m), key=lambda p: p.name, reverse=True)
 
-    def _write(self, name: str, state: dict[str, Any], facts: dict[str, Any]) -> Path:
+    def _submit(self, name: str, state: dict[str, Any], facts: Mapping[str, Any]) -> None:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getvalue()
+        self._pending.append(self._writer.submit(self._write, name, content, facts))
+        if len(self._pending) > 4:  # a disk slower than training must not pile up states
+            wait(self._pending[:1])
+        ended = [written for written in self._pending if written.done()]
+        self._pending = [written for written in self._pending if written not in ended]
+        for written in ended:
+            written.result()
+
+    def _write(self, name: str, content: bytes, facts: Mapping[str, Any]) -> None:
         digest = hashlib.sha256(content).hexdigest()
         sidecar = {**facts, "bytes": len(content), "sha256": digest}
         path = self.directory / f"{name}.pt"
+        self.directory.mkdir(parents=True, exist_ok=True)  # somebody may have deleted the run
         write_atomically(path.with_suffix(".json"), json.dumps(sidecar, indent=2).encode())
         write_atomically(path, content)
-        return path
+        for old in self._steps()[self.keep :]:
+            old.unlink(missing_ok=True)
+            old.with_suffix(".json").unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

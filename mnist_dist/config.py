@@ -99,8 +99,20 @@ class TrainConfig:
     checkpoint_every_epochs: int = 1
     """Epochs between checkpoints (the last epoch always has one)."""
 
+    checkpoint_every_steps: int | None = None
+    """Optimizer steps between checkpoints within an epoch. None: at ends of epochs only."""
+
+    checkpoint_every_minutes: float | None = None
+    """Minutes between checkpoints, whatever the step. None: at ends of epochs only."""
+
     keep_checkpoints: int = 3
     """How many of the newest checkpoints to keep, beside best.pt."""
+
+    setup_timeout: float = 600.0
+    """Seconds for the processes to meet, and for one to prepare data while the others wait."""
+
+    step_timeout: float = 120.0
+    """Seconds after which a process that waits for another in training gives it up."""
 
     config: str | None = None
     """JSON file with values for these flags, such as config.json of an earlier run. Flags given
@@ -109,6 +121,11 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """What config.json holds: every setting that says what is computed, in plain types."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in _NOT_SAVED}
+
+    def to_flags(self) -> dict[str, Any]:
+        """What every process must have been given alike, by the flag's name."""
+        alike = {name: value for name, value in self.to_json().items() if name != "cache_dir"}
+        return {f"--{name.replace('_', '-')}": value for name, value in alike.items()}
 
     def maths(self) -> dict[str, Any]:
         """The settings that decide every number of a run: a resume must have the same.
@@ -163,6 +180,9 @@ def _flags_of_file(path: Path) -> list[str]:
         raise UserError(f"--config {path}: not a JSON object; give the config.json of a run")
     if unknown := sorted(set(values) - allowed):
         raise UserError(f"--config {path}: unknown setting {unknown[0]!r}; remove it from the file")
+    for field in dataclasses.fields(TrainConfig):
+        if values.get(field.name, 0) is None and field.default is not None:
+            raise UserError(f"--config {path}: {field.name} is null; give it a value or remove it")
     try:
         flags = _as_flags(values)
         _validate(_parse_with_tyro(flags))
@@ -209,8 +229,15 @@ def _validate(config: TrainConfig) -> None:
     _require(config, "momentum", 0 <= config.momentum < 1, "give a number from 0 up to below 1")
     _require(config, "weight_decay", 0 <= config.weight_decay < math.inf, "give 0 or more")
     _require(config, "seed", 0 <= config.seed < 2**63, "give a whole number from 0 to 2^63 - 1")
-    samples = config.train_samples
-    _require(config, "train_samples", samples is None or samples >= 1, "give 1 or more")
+    for name in ("train_samples", "checkpoint_every_steps"):
+        value = getattr(config, name)
+        _require(config, name, value is None or value >= 1, "give 1 or more")
+    minutes = config.checkpoint_every_minutes
+    _require(config, "checkpoint_every_minutes", minutes is None or minutes > 0, "give more than 0")
+    for name in ("setup_timeout", "step_timeout"):
+        _require(config, name, 1 <= getattr(config, name) < 1e6, "give 1 to 1000000 seconds")
+    for name in ("data", "run_dir", "cache_dir"):
+        _require(config, name, getattr(config, name) != "", "give a path, or leave the flag out")
     wrong_backend = config.backend == "nccl" and config.device == "cpu"
     _require(config, "backend", not wrong_backend, "nccl needs GPUs; use gloo with --device cpu")
 

@@ -1,9 +1,43 @@
-"""The one kind of error that is the user's to mend."""
+"""The ways a run ends early that are no bug: said once, in one line, without a traceback."""
+
+from typing import ClassVar, Literal
 
 
-class UserError(Exception):
-    """Bad input: a flag, a file or a setting that the program cannot work with.
+class ReportedError(Exception):
+    """An end that every rank reaches together and rank 0 explains in one line."""
 
-    Its ``str`` is one line which names the flag or file, the value, and the remedy. The process
-    prints that line on one rank and ends with exit code 2; a traceback would only bury it.
+    exit_code: ClassVar[int]
+    kind: ClassVar[str] = "error"
+    status: ClassVar[Literal["failed", "preempted"]] = "failed"
+
+    def of_its_kind(self, text: str) -> "ReportedError":
+        """A UserError, JobError or Preempted, as this is, that says `text`."""
+        kinds: tuple[type[ReportedError], ...] = (UserError, JobError, Preempted)
+        return next(kind for kind in kinds if isinstance(self, kind))(text)
+
+
+class UserError(ReportedError):
+    """Bad input. The line names the flag or file, the value and the remedy."""
+
+    exit_code = 2
+
+
+class JobError(ReportedError):
+    """The run cannot go on. The line says at which step, on which rank, why, and what to do."""
+
+    exit_code = 1
+
+
+class MeetingError(JobError):
+    """The ranks did not meet. Each host's first rank says it, since no other can speak for it."""
+
+
+class Preempted(ReportedError):  # noqa: N818 - it is not an error of anybody's
+    """The run was asked to stop, has saved its state, and can be continued.
+
+    The exit code is that of sysexits.h for "try again later".
     """
+
+    exit_code = 75
+    kind = "stopped"
+    status = "preempted"

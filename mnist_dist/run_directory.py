@@ -1,6 +1,7 @@
 """The directory of one run: found or made, what is in it besides checkpoints and metrics."""
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -47,8 +49,8 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.status is None and (self.path / "config.json").exists():
                 raise UserError(
-                    f"--run-dir {self.path}: holds a config.json but no status.json, so it is not "
-                    "a run's; name another"
+                    f"--run-dir {self.path}: holds a config.json but no status.json that can be "
+                    "read, so it is not a run's; name another"
                 )
             self._lock = _lock(self.path)
         except OSError as error:
@@ -61,7 +63,7 @@ class RunDirectory:
         """The status that the run last wrote; None if there is none to read."""
         return read_status(self.path)
 
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace the file `name` atomically."""
         write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -91,7 +93,8 @@ def find_run_directory(run_dir: str | None, job_id: str | None) -> Path:
     Returns:
         An absolute path; nothing is made.
     """
-    return (Path(run_dir) if run_dir is not None else _default_path(job_id)).absolute()
+    chosen = Path(run_dir).expanduser() if run_dir is not None else _default_path(job_id)
+    return chosen.absolute()
 
 
 def _default_path(job_id: str | None) -> Path:
@@ -106,7 +109,7 @@ def _default_path(job_id: str | None) -> Path:
     return runs / f"{stamp}_{job_id or f'pid-{os.getpid()}'}"
 
 
-def _lock(path: Path) -> FileLock | None:
+def _lock(path: Path) -> FileLock:
     """Hold the directory for this process; the kernel frees it when the process dies."""
     lock = FileLock(path / ".lock")
     try:
@@ -115,9 +118,17 @@ def _lock(path: Path) -> FileLock | None:
         raise UserError(
             f"--run-dir {path}: another job is writing there; name another, or wait for its end"
         ) from None
-    except NotImplementedError:  # a file system without locks
-        return None
+    except NotImplementedError:  # a file system without locks: go on without
+        pass
     return lock
+
+
+def code_digest() -> str:
+    """SHA-256 (hex) of this package's sources: equal on hosts that run the same code."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def environment_facts() -> dict[str, Any]:

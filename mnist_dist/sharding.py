@@ -44,7 +44,8 @@ class Sharding:
             seed=self.seed,
         )
         sampler.set_epoch(epoch)
-        return torch.tensor(list(sampler)[: self._entries_before(self.samples)])
+        own = list(sampler)[: self._entries_before(self.samples)]
+        return torch.tensor(own, dtype=torch.int64)
 
     def local_slice(self, batch: int) -> slice:
         """Where in `epoch_indices` this rank's part of global batch `batch` lies; may be empty."""

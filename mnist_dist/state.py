@@ -1,6 +1,8 @@
 """TrainState: everything a resume needs, one object."""
 
-from dataclasses import dataclass
+import hashlib
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,8 +26,6 @@ class TrainState:
     scheduler: LRScheduler | None
     identity: dict[str, Any]
     """What the maths depends on, by the flag's name: a resume must agree with it."""
-    loss_sum: Tensor
-    """This rank's sum of cross entropies over the steps of the current epoch: () float64."""
     epoch: int = 0
     """Epochs finished."""
     batch: int = 0
@@ -35,22 +35,48 @@ class TrainState:
     best_loss: float = float("inf")
     best_epoch: int = 0
     """Validation loss of the best epoch so far, and its number (1 = the first)."""
+    loss_sum: float = 0.0
+    """This rank's sum of cross entropies over the settled steps of the current epoch."""
+    _unsettled: list[Tensor] = field(default_factory=list)
+    """The same of single steps, still on the device: to read one waits for the device."""
 
     def count_step(self, loss_sum: Tensor) -> None:
         """Take one optimizer step into account; `loss_sum` as `train_epoch` yields it."""
-        self.loss_sum += loss_sum
+        self._unsettled.append(loss_sum)
         self.batch += 1
         self.step += 1
+
+    def settle(self) -> int | None:
+        """Read the losses of the steps since the last call; the first step whose was not finite.
+
+        They are added one by one in float64, so where one settles does not change the sum.
+        """
+        if not self._unsettled:
+            return None
+        losses = torch.stack(self._unsettled).tolist()
+        first = self.step - len(losses) + 1
+        self._unsettled.clear()
+        for loss in losses:
+            self.loss_sum += loss
+        bad = [first + n for n, loss in enumerate(losses) if not math.isfinite(loss)]
+        return bad[0] if bad else None
 
     def finish_epoch(self, loss: float) -> bool:
         """Close the epoch with its validation loss; True if that is the best so far."""
         self.epoch += 1
         self.batch = 0
-        self.loss_sum = torch.zeros_like(self.loss_sum)
+        self.loss_sum = 0.0
         if not loss < self.best_loss:
             return False
         self.best_loss, self.best_epoch = loss, self.epoch
         return True
+
+    def weights_digest(self) -> str:
+        """SHA-256 (hex) of the model: equal on two ranks only if every bit is."""
+        digest = hashlib.sha256()
+        for tensor in self.model.state_dict().values():
+            digest.update(tensor.detach().cpu().contiguous().numpy().reshape(-1).data)
+        return digest.hexdigest()
 
     def state_dict(self, world: World) -> dict[str, Any]:
         """The whole state as tensors and plain types; every rank must take part.
@@ -58,7 +84,7 @@ class TrainState:
         Model and optimizer are equal on all ranks. What is not, the random state and the partial
         loss, is gathered in rank order, so that a resume at the same world size is bitwise.
         """
-        per_rank = world.gather((torch.get_rng_state(), self.loss_sum.item()))
+        per_rank = world.gather((torch.get_rng_state(), self.loss_sum))
         return {
             "format": FORMAT,
             "model": self.model.state_dict(),
@@ -92,10 +118,10 @@ class TrainState:
         self.best_loss, self.best_epoch = saved["best_loss"], saved["best_epoch"]
         if len(saved["rng"]) == world.world_size:
             torch.set_rng_state(saved["rng"][world.rank])
-            self.loss_sum.fill_(saved["loss_sums"][world.rank])
+            self.loss_sum = saved["loss_sums"][world.rank]
         else:
             torch.manual_seed(self.identity["seed"] + self.step)
-            self.loss_sum.fill_(sum(saved["loss_sums"]) if world.is_main else 0.0)
+            self.loss_sum = sum(saved["loss_sums"]) if world.is_main else 0.0
 
     def _require_same_run(self, saved: dict[str, Any]) -> None:
         if saved.get("format") != FORMAT:
@@ -105,8 +131,15 @@ class TrainState:
             )
         for name, before in saved["identity"].items():
             now = self.identity.get(name)
-            if now != before:
+            if now == before:
+                continue
+            if name == "data":
                 raise UserError(
-                    f"--{name.replace('_', '-')} {now}: the run in --run-dir was started with "
-                    f"{before}; give that value again, or another --run-dir"
+                    "--data: the run in --run-dir was started with other data; give that again, or "
+                    "another --run-dir"
                 )
+            why = ", on which its schedule depends" if name == "epochs" else ""
+            raise UserError(
+                f"--{name.replace('_', '-')} {now}: the run in --run-dir was started with "
+                f"{before}{why}; give that value again, or another --run-dir"
+            )

@@ -1,12 +1,13 @@
 """Where numbers go: the console, metrics.jsonl and TensorBoard. Silent on every rank but 0."""
 
+import contextlib
 import json
 import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -24,18 +25,22 @@ class Console:
 
     def say(self, line: str) -> None:
         """Print one line, clear of a progress bar."""
-        if self._speaks:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+        self._write(line, sys.stdout)
 
     def warn(self, line: str) -> None:
         """Print one line of warning on stderr."""
-        if self._speaks:
-            tqdm.write(f"mnist-dist: warning: {line}", file=sys.stderr)
+        self._write(f"mnist-dist: warning: {line}", sys.stderr)
+
+    def _write(self, line: str, stream: TextIO | None) -> None:
+        """A reader that has gone, or a full disk behind `>`, is no reason to stop training."""
+        if self._speaks and stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                tqdm.write(line, file=stream)
+                stream.flush()
 
     def progress(self, steps: Iterable[T], total: int, done: int, name: str) -> Iterator[T]:
         """`steps` itself, with a bar on a terminal; nothing in a pipe or a log file."""
-        if not (self._speaks and sys.stderr.isatty()):
+        if not (self._speaks and sys.stderr is not None and sys.stderr.isatty()):
             return iter(steps)
         return iter(tqdm(steps, name, total, initial=done, leave=False, unit="step"))
 
@@ -58,6 +63,7 @@ class Tracker:
         """Name the run's directory; nothing is touched before `open`."""
         self._path = directory / "metrics.jsonl"
         self._events: Any = None
+        self._recorded: set[tuple[int, frozenset[str]]] = set()
 
     def open(self, step: int, texts: Mapping[str, Mapping[str, Any]]) -> None:
         """Open the record after optimizer step `step`, with tables of names and values by title.
@@ -67,7 +73,7 @@ class Tracker:
         # Imported here: only rank 0 needs it, and it takes about a second.
         from torch.utils.tensorboard import SummaryWriter
 
-        _keep_until(self._path, step)
+        self._recorded = {_key(record["step"], record) for record in _keep_until(self._path, step)}
         self._events = SummaryWriter(str(self._path.parent), purge_step=step + 1)
         for title, values in texts.items():
             rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
@@ -88,15 +94,16 @@ class Tracker:
             figures: numbers by tag.
             details: lists by tag, for metrics.jsonl only.
         """
-        if self._events is None:
+        # The test figures, recorded after the last checkpoint, come again if we died after them.
+        if self._events is None or _key(step, figures) in self._recorded:
             return
         now = time.time()
-        line = {"epoch": epoch, "step": step, "time": now, **figures, **(details or {})}
-        with self._path.open("a") as file:
-            file.write(json.dumps(_without_nan(line)) + "\n")
         for tag, value in figures.items():
             self._events.add_scalar(tag, value, step, now)
         self._events.flush()
+        line = {"epoch": epoch, "step": step, "time": now, **figures, **(details or {})}
+        with self._path.open("a") as file:
+            file.write(json.dumps(_without_nan(line)) + "\n")
 
     def close(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
         """Put the run into TensorBoard's hparams table, and close.
@@ -113,18 +120,28 @@ class Tracker:
         self._events.close()
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop records of steps after `step`, and a last line that a dying writer left unfinished."""
-    if not path.exists():
-        return
+def _key(step: int, figures: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
+    """What makes a record one of a kind: its step, and the groups (train, val, test) it is of."""
+    return step, frozenset(tag.partition("/")[0] for tag in figures if "/" in tag)
+
+
+def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop records of steps after `step`, and a last line that a dying writer left unfinished.
+
+    Returns:
+        The records that were kept.
+    """
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
+            record = json.loads(line)
+            if line.endswith("\n") and record["step"] <= step:
+                kept.append(record)
         except (ValueError, KeyError, TypeError):
             continue
-    write_atomically(path, "".join(kept).encode())
+    if path.exists():
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+    return kept
 
 
 def _without_nan(value: Any) -> Any:

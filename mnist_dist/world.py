@@ -12,18 +12,19 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore
 
-from mnist_dist.errors import UserError
+from mnist_dist.errors import MeetingError, ReportedError, UserError
+from mnist_dist.failures import Board, LostContactError, brief, describe, lost_contact
+from mnist_dist.rendezvous import meet
 
 T = TypeVar("T")
 
-# A cold start may download and convert the data on one rank while the others wait.
-SETUP_TIMEOUT = timedelta(minutes=30)
 # Ports below Linux' ephemeral range (32768 and up), so that no outgoing connection holds them.
 _FIRST_PORT, _PORTS = 15_000, 17_000
 
@@ -40,6 +41,8 @@ class Launch:
     node_rank: int = 0
     master_addr: str | None = None
     master_port: int | None = None
+    hosts_store: bool = False
+    """Whether this process must host the ranks' store itself."""
     job_id: str | None = None
     """Names the job, the same after a torchrun restart or a Slurm requeue; None if nothing does."""
 
@@ -51,7 +54,7 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
         UserError: the launcher set some of its variables but not all, or not to numbers.
     """
     try:
-        if "TORCHELASTIC_RUN_ID" in environment or "LOCAL_WORLD_SIZE" in environment:
+        if any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")):
             return _read_torchrun(environment)
         # SLURM_NTASKS is also set in a batch script, where nobody starts the other tasks; only
         # srun sets the step's own count.
@@ -75,6 +78,8 @@ def _read_torchrun(environment: Mapping[str, str]) -> Launch:
         node_rank=int(environment.get("GROUP_RANK", "0")),
         master_addr=environment["MASTER_ADDR"],
         master_port=int(environment["MASTER_PORT"]),
+        hosts_store=environment["RANK"] == "0"
+        and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         job_id=_slurm_job_id(environment) or _torchrun_job_id(environment),
     )
 
@@ -94,6 +99,7 @@ def _read_srun(environment: Mapping[str, str]) -> Launch:
         node_rank=node_rank,
         master_addr=environment.get("MASTER_ADDR") or first_host(hosts),
         master_port=int(environment.get("MASTER_PORT") or _FIRST_PORT + unique % _PORTS),
+        hosts_store=environment["SLURM_PROCID"] == "0",
         job_id=_slurm_job_id(environment),
     )
 
@@ -140,17 +146,17 @@ def tasks_per_node(counts: str) -> list[int]:
 
 @dataclass(frozen=True)
 class _Outcome(Generic[T]):
-    """What an action gave on one rank: a value, or the line of the user's error."""
+    """What an action gave on one rank: a value, or the error that all ranks are to raise."""
 
     value: T | None = None
-    error: str | None = None
+    error: ReportedError | None = None
 
 
 def _attempt(action: Callable[[], T]) -> _Outcome[T]:
     try:
         return _Outcome(value=action())
-    except UserError as error:
-        return _Outcome(error=str(error))
+    except ReportedError as error:
+        return _Outcome(error=error.of_its_kind(str(error)))
 
 
 @dataclass(frozen=True)
@@ -220,7 +226,7 @@ class World:
         Without the exchange a rank whose input is bad would leave and the others would wait for it.
 
         Raises:
-            UserError: on all ranks, if `action` raised one on any.
+            ReportedError: on all ranks, if `action` raised one on any.
         """
         return self._values(self.gather(_attempt(action)))[self.rank]
 
@@ -228,7 +234,7 @@ class World:
         """Run `action` on rank 0 alone; every rank returns its (picklable) value.
 
         Raises:
-            UserError: on all ranks, if `action` raised one.
+            ReportedError: on all ranks, if `action` raised one.
         """
         outcome = [_attempt(action) if self.is_main else _Outcome[T]()]
         if self.world_size > 1:
@@ -239,7 +245,7 @@ class World:
         """Run `action` on local rank 0 of each host; the host's ranks return its (picklable) value.
 
         Raises:
-            UserError: on all ranks, if `action` raised one on any host.
+            ReportedError: on all ranks, if `action` raised one on any host.
         """
         first_here = self.launch.local_rank == 0
         outcomes = self.gather(_attempt(action) if first_here else _Outcome[T]())
@@ -249,61 +255,131 @@ class World:
     def _values(self, outcomes: "list[_Outcome[T]]") -> list[T]:
         for rank, outcome in enumerate(outcomes):
             if outcome.error is not None:
-                raise UserError(outcome.error if rank == 0 else f"rank {rank}: {outcome.error}")
+                place = "" if rank == 0 else f"rank {rank}: "
+                raise outcome.error.of_its_kind(f"{place}{outcome.error}")
         return [outcome.value for outcome in outcomes]  # type: ignore[misc]
 
-    def require_same(self, what: str, value: str, remedy: str) -> None:
-        """Check that `value` is equal on all ranks.
+    def require_same(self, values: Mapping[str, Any], remedy: str) -> None:
+        """Check that each of `values` (plain, by name) is equal on all ranks.
 
         Raises:
-            UserError: on all ranks, naming the first rank that differs from rank 0.
+            UserError: on all ranks, naming the first value and the first rank that differ.
         """
-        values = self.gather(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise UserError(
-                    f"{what} differs: rank {rank} has {other}, rank 0 has {values[0]}; {remedy}"
-                )
+        first, *others = self.gather(dict(values))
+        for rank, other in enumerate(others, start=1):
+            for name in first:
+                if other.get(name) != first[name]:
+                    raise UserError(
+                        f"{name} differs: rank {rank} has {other.get(name)}, rank 0 has "
+                        f"{first[name]}; {remedy}"
+                    )
+
+    def broadcast(self, value: T, source: int) -> T:
+        """The picklable `value` of rank `source`, on every rank."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=source)
+        return box[0]
+
+    def gather_numbers(self, numbers: list[float]) -> list[list[float]]:
+        """Each rank's `numbers` (as many on each), in rank order: quicker than `gather`."""
+        if self.world_size == 1:
+            return [numbers]
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        everybodys = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(everybodys, mine)
+        gathered: list[list[float]] = torch.stack(everybodys).tolist()
+        return gathered
+
+    def begin_steps(self, timeout: float) -> None:
+        """From now on a collective may take `timeout` seconds only.
+
+        The barrier is needed: a rank that were still setting up would be given up on by the short
+        timeout of one that is not.
+        """
+        if self.world_size > 1:
+            dist.barrier()
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
 
 
 @contextlib.contextmanager
-def join(launch: Launch, device: str, backend: str) -> Iterator[World]:
+def join(launch: Launch, device: str, backend: str, timeout: float = 600.0) -> Iterator[World]:
     """Pick this process's device, join the process group, and leave it at the end.
 
-    One process needs no group and makes none.
+    One process needs no group and makes none. If the body fails with anything but a ReportedError,
+    this rank says why in one line, and the others hear of it.
 
     Args:
         launch: from `read_launch`.
         device: "auto", "cpu" or "cuda".
         backend: "auto", "gloo" or "nccl".
+        timeout: seconds for the ranks to meet, and for each collective until `begin_steps`.
 
     Raises:
         UserError: the device is not there, or the backend does not fit it.
+        MeetingError: the ranks did not meet.
     """
     chosen = pick_device(launch, device)
+    name = pick_backend(chosen, backend)
     if launch.world_size == 1:
         yield World(launch, chosen, "none")
         return
-    name: Literal["gloo", "nccl"] = "nccl" if chosen.type == "cuda" else "gloo"
-    if backend == "nccl" and name == "gloo":
-        raise UserError("--backend nccl: there is no GPU here; use --backend gloo")
-    if backend == "gloo":
-        name = "gloo"
+    store = meet(
+        launch.rank,
+        launch.world_size,
+        launch.master_addr or "",
+        launch.master_port or 0,
+        launch.hosts_store,
+        timeout,
+    )
     dist.init_process_group(
         name,
-        init_method=f"tcp://{launch.master_addr}:{launch.master_port}"
-        if launch.launcher == "srun"
-        else "env://",
+        store=PrefixStore("group", store),
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=SETUP_TIMEOUT,
+        timeout=timedelta(seconds=timeout),
         device_id=chosen if name == "nccl" else None,
     )
-    yield World(launch, chosen, name)
+    board = Board(store, launch.rank, launch.world_size)
+    try:
+        yield World(launch, chosen, name)
+    except ReportedError:
+        raise
+    except Exception as error:
+        _explain(error, board)
+        raise
     # Only on the good path: after a failure the peers may be gone, and destroying would wait.
     # Rank 0 may host the store: the barrier keeps it there until nobody needs it.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _explain(error: Exception, board: Board) -> None:
+    """Say why this rank ends; one that only lost contact looks for the cause.
+
+    Raises:
+        LostContactError: in that case, with the cause as its text.
+    """
+    if not lost_contact(error):
+        board.post(describe(error))
+        line = f"mnist-dist: error: rank {board.rank} failed: {describe(error)}"
+        print(line, file=sys.stderr, flush=True)
+        return
+    cause = board.find_cause()
+    line = f"mnist-dist: rank {board.rank} ends: {cause} ({brief(error)})"
+    print(line, file=sys.stderr, flush=True)
+    raise LostContactError(cause) from error
+
+
+def pick_backend(device: torch.device, backend: str) -> Literal["gloo", "nccl"]:
+    """NCCL between GPUs, gloo between CPUs, unless the user chose.
+
+    Raises:
+        UserError: NCCL without GPUs.
+    """
+    if backend == "nccl" and device.type != "cuda":
+        raise UserError("--backend nccl: there is no GPU here; use --backend gloo")
+    return "nccl" if device.type == "cuda" and backend != "gloo" else "gloo"
 
 
 def pick_device(launch: Launch, device: str) -> torch.device:
@@ -330,23 +406,40 @@ def pick_device(launch: Launch, device: str) -> torch.device:
     return chosen
 
 
-def exit_with_user_error(launch: Launch, error: UserError) -> int:
-    """Show the line once, from rank 0, and return exit code 2 on every rank.
+def exit_with_error(launch: Launch, error: ReportedError) -> int:
+    """Show the line once, from rank 0, and return its exit code on every rank.
 
     Torchrun stops all ranks as soon as one ends: a rank that ends before rank 0 has spoken would
     silence it. Within a process group, where every rank has the error, the others wait for word in
     its store; before there is one, each found the error by itself and waits to be stopped.
     """
-    store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
-    if launch.rank == 0:
-        print(f"mnist-dist: error: {error}", file=sys.stderr, flush=True)
-        if store is not None:
-            store.set("mnist-dist/error-said", "")
-    elif store is not None:
-        with contextlib.suppress(RuntimeError):  # rank 0 may have taken the store with it
-            store.wait(["mnist-dist/error-said"], timedelta(seconds=20))
-    elif launch.launcher == "torchrun":
+    speaks = launch.rank == 0 or (isinstance(error, MeetingError) and launch.local_rank == 0)
+    if speaks:
+        print(f"mnist-dist: {error.kind}: {error}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        _wait_for_word(launch)
+        # Left to the interpreter's end, gloo's threads abort the process now and then.
+        dist.destroy_process_group()
+    elif not speaks and launch.launcher == "torchrun":
         agent, deadline = os.getppid(), time.monotonic() + 20
-        while time.monotonic() < deadline and os.getppid() == agent:
+        while os.getppid() == agent and time.monotonic() < deadline:
             time.sleep(0.05)
-    return 2
+    return error.exit_code
+
+
+def _wait_for_word(launch: Launch) -> None:
+    """Rank 0 has spoken, and gives word; the others wait for it."""
+    store, said = dist.distributed_c10d._get_default_store(), "mnist-dist/error-said"
+    deadline = time.monotonic() + 20
+    with contextlib.suppress(RuntimeError):  # rank 0 may have taken the store with it
+        if launch.rank == 0:
+            store.set(said, "")
+        while not store.check([said]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: NCCL and gloo may wait for the dead for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

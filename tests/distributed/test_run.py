@@ -141,7 +141,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(recipe: str, tmp_path: Pa
     forget_after(run, step=16)
     (ended, _) = run_job(tmp_path, 2, f"--run-dir={run}", *flags)
     assert ended.code == 0, ended.err
-    assert "resume after epoch 2, step 16" in ended.out
+    assert "resume at step 16, 2 epochs done" in ended.out
     assert comparable(run) == comparable(whole)
     for name, weight in newest_model(whole).items():
         assert torch.equal(newest_model(run)[name], weight), name

@@ -35,8 +35,8 @@ def try_everything() -> dict[str, Any]:
             "on_main": world.on_main(lambda: fails_on(99)),
             "on_main error": error_of(lambda: world.on_main(lambda: fails_on(0))),
             "once_per_host": world.once_per_host(lambda: fails_on(99)),
-            "same": error_of(lambda: world.require_same("--data", "abc", "mend it")),
-            "differs": error_of(lambda: world.require_same("--data", str(world.rank), "mend it")),
+            "same": error_of(lambda: world.require_same({"--data": "abc"}, "mend it")),
+            "differs": error_of(lambda: world.require_same({"--data": world.rank}, "mend it")),
         }
 
 

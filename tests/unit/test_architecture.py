@@ -9,9 +9,11 @@ from processes import ROOT
 # From the ground up: a module may import from lines above its own, and within `data` from `data`.
 LAYERS = [
     {"errors", "atomic", "model"},
-    {"config", "world"},
+    {"config", "failures", "rendezvous"},
+    {"world"},
     {"state"},
-    {"sharding", "checkpoint", "tracking", "run_directory", "data"},
+    {"sharding", "checkpoint", "tracking", "run_directory", "interruption", "data"},
+    {"record"},
     {"engine"},
     {"train_ddp"},
     {"__main__"},

@@ -24,7 +24,14 @@ def opened(directory: Path, keep: int = 3) -> CheckpointStore:
     return store
 
 
+def write(store: CheckpointStore, step: int) -> Path:
+    store.save(state(step), step, {})
+    store.flush()
+    return store.directory / f"step_{step:08d}.pt"
+
+
 def newest(store: CheckpointStore) -> dict[str, Any]:
+    store.flush()
     found, _ = store.load_latest()
     assert found is not None
     return found
@@ -52,6 +59,7 @@ def test_the_last_k_and_the_best_are_kept(tmp_path: Path) -> None:
         store.save(state(step), step, {})
         if step == 2:
             store.save_best(state(step), step, {})
+    store.flush()
     assert {p.name for p in store.directory.iterdir()} == {
         *("step_00000004.pt", "step_00000004.json", "step_00000005.pt", "step_00000005.json"),
         *("best.pt", "best.json"),
@@ -61,7 +69,7 @@ def test_the_last_k_and_the_best_are_kept(tmp_path: Path) -> None:
 
 def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
     store = opened(tmp_path)
-    store.save(state(1), 1, {})
+    write(store, 1)
     (store.directory / ".step_00000002.pt.partial").write_bytes(b"half")
     (store.directory / "step_00000002.json").write_text("{}")
     (store.directory / "notes.txt").write_text("mine")
@@ -82,7 +90,7 @@ def test_a_damaged_newest_is_named_and_the_older_one_used(
     monkeypatch.chdir(tmp_path)
     store = opened(tmp_path)
     store.save(state(1), 1, {})
-    path = store.save(state(2), 2, {})
+    path = write(store, 2)
     content = path.read_bytes()
     middle = len(content) // 2
     match damage:
@@ -123,7 +131,7 @@ def test_a_malicious_file_with_a_matching_sidecar_executes_nothing(
 def test_all_damaged_is_a_refusal_and_no_fresh_start(tmp_path: Path) -> None:
     store = opened(tmp_path)
     for step in (1, 2):
-        store.save(state(step), step, {}).write_bytes(b"")
+        write(store, step).write_bytes(b"")
     with pytest.raises(UserError, match="every checkpoint is damaged"):
         store.load_latest()
     with pytest.raises(UserError, match="every checkpoint is damaged"):

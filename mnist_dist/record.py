@@ -1,0 +1,115 @@
+"""One run as it is written down: its directory, checkpoints and metrics, in rank 0's hands."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mnist_dist.checkpoint import CheckpointStore
+from mnist_dist.errors import JobError, ReportedError
+from mnist_dist.failures import LostContactError
+from mnist_dist.run_directory import RunDirectory, environment_facts
+from mnist_dist.state import TrainState
+from mnist_dist.tracking import Console, Tracker
+
+
+class Record:
+    """Everything a run leaves behind. Every rank may name it; only rank 0 opens it and writes."""
+
+    def __init__(self, path: Path, keep: int, console: Console) -> None:
+        """Name the run's directory, the number of checkpoints to keep, where to say warnings."""
+        self.directory = RunDirectory(path)
+        self.store = CheckpointStore(path / "checkpoints", keep)
+        self._tracker = Tracker(path)
+        self._console = console
+        self._begun = False
+
+    def __str__(self) -> str:
+        """The directory, as a person would type it."""
+        return str(self.directory)
+
+    def open(self) -> None:
+        """Make the directory, or take over that of an earlier start; sweep what a kill left."""
+        self.directory.open()
+        self.store.open()
+
+    def begin(self, state: TrainState, config: Mapping[str, Any], world: Mapping[str, Any]) -> None:
+        """Write down what runs where with what. Raises JobError if that cannot be written."""
+        environment = environment_facts() | dict(world)
+        with self._reported():
+            self.directory.write_json("config.json", config)
+            self.directory.write_json("environment.json", environment)
+            self.directory.write_status("running", state.epoch, state.step, "training")
+            self._begun = True
+            self._tracker.open(state.step, {"config": config, "environment": environment})
+
+    def figures(
+        self,
+        state: TrainState,
+        figures: Mapping[str, float],
+        details: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        """Record figures at the state's step; a disk that cannot take them is a warning."""
+        with self._warned("the figures of this step"):
+            self._tracker.record(state.epoch, state.step, figures, details)
+
+    def save(
+        self,
+        saved: dict[str, Any],
+        state: TrainState,
+        figures: Mapping[str, float],
+        best: bool,
+        newest: bool,
+    ) -> None:
+        """Begin to write the checkpoints asked for. Failing is a warning: `flush` insists."""
+        with self._warned("a checkpoint"):
+            if best:
+                self.store.save_best(saved, state.step, figures)
+            if newest:
+                self.store.save(saved, state.step, figures)
+                self.directory.write_status("running", state.epoch, state.step, "training")
+
+    def flush(self) -> None:
+        """Wait until every checkpoint is on disk. Raises JobError if one cannot be."""
+        with self._reported():
+            self.store.flush()
+
+    def finish(
+        self, state: TrainState, settings: Mapping[str, Any], results: Mapping[str, float]
+    ) -> None:
+        """Close the record of a run that has done all its epochs."""
+        with self._reported():
+            self._tracker.close(settings, results)
+            self.directory.write_status("completed", state.epoch, state.step, "all epochs done")
+
+    def end(self, state: TrainState, error: BaseException) -> None:
+        """Write down why the run ended early, as far as there still is a disk to write to."""
+        if not self._begun:
+            return
+        explained = isinstance(error, ReportedError | LostContactError)
+        status = error.status if isinstance(error, ReportedError) else "failed"
+        with contextlib.suppress(OSError):
+            reason = str(error) if explained else repr(error)
+            self.directory.write_status(status, state.epoch, state.step, reason)
+            self.store.flush()
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise JobError(
+                f"{self} cannot be written ({_why(error)}); the checkpoints in it are intact: mend "
+                "that and run the same command again"
+            ) from error
+
+    @contextlib.contextmanager
+    def _warned(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._console.warn(f"{what} could not be written ({_why(error)}); training goes on")
+
+
+def _why(error: OSError) -> str:
+    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror or str(error)

@@ -1,0 +1,116 @@
+"""Meet the other processes of this start of the job, and only them.
+
+Torchrun keeps one store alive over its restarts and hands it to every generation of workers. What
+a dead generation wrote there, such as gloo's addresses, is found by the next one, which then tries
+to connect to the dead: most restarts fail so (measured with torch 2.13). Here rank 0 opens a fresh
+corner of the store for each generation, and nobody is let in by an old one's notes.
+"""
+
+import json
+import socket
+import time
+import uuid
+from datetime import timedelta
+
+from torch.distributed import PrefixStore, Store, TCPStore
+
+from mnist_dist.errors import MeetingError
+
+_CURRENT = "mnist-dist/generation"
+_POLL_S = 0.02
+
+
+def meet(
+    rank: int, world_size: int, address: str, port: int, hosts_store: bool, timeout: float
+) -> Store:
+    """A store that exactly the `world_size` processes of this generation share.
+
+    Args:
+        rank: of this process.
+        world_size: how many are expected.
+        address: host of the store.
+        port: its TCP port.
+        hosts_store: this process is to host the store; otherwise somebody else does.
+        timeout: seconds until this gives up.
+
+    Raises:
+        MeetingError: the store cannot be reached, or the ranks it names did not come in time.
+    """
+    deadline = time.monotonic() + timeout
+    if not hosts_store:
+        _wait_until_reachable(address, port, deadline)
+    try:
+        shared = TCPStore(
+            address,
+            port,
+            is_master=hosts_store,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=max(1.0, deadline - time.monotonic())),
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise MeetingError(f"cannot open the meeting point {address}:{port}: {reason}") from error
+    where = f"{address}:{port}"
+    if rank == 0:
+        return _convene(shared, world_size, where, deadline)
+    return _attend(shared, rank, where, deadline)
+
+
+def _wait_until_reachable(address: str, port: int, deadline: float) -> None:
+    """Knock with a plain socket first: torch's client says a failure in forty lines of C++."""
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise MeetingError(
+                    f"nobody answers at the meeting point {address}:{port} ({error}); see that the "
+                    "first host is up, its name resolves to an address that this host can reach, "
+                    "and no firewall is in between"
+                ) from error
+            time.sleep(0.2)
+
+
+def _convene(shared: Store, world_size: int, where: str, deadline: float) -> Store:
+    """Rank 0: open a generation, wait for everybody's mark, confirm the marks."""
+    generation = uuid.uuid4().hex
+    corner = PrefixStore(generation, shared)
+    corner.set("present/0", generation)
+    shared.set(_CURRENT, generation)
+    keys = [f"present/{rank}" for rank in range(world_size)]
+    while not corner.check(keys):
+        if time.monotonic() > deadline:
+            missing = [rank for rank, key in enumerate(keys) if not corner.check([key])]
+            raise MeetingError(
+                f"rank(s) {', '.join(map(str, missing))} of {world_size} did not come to the "
+                f"meeting point {where} in time; see what they say, or raise --setup-timeout"
+            )
+        time.sleep(_POLL_S)
+    corner.set("go", json.dumps([corner.get(key).decode() for key in keys]))
+    return corner
+
+
+def _attend(shared: Store, rank: int, where: str, deadline: float) -> Store:
+    """Other ranks: leave a mark in the current generation until it is confirmed.
+
+    The current generation may be a dead one's for a moment: its confirmation has other marks.
+    """
+    mark = uuid.uuid4().hex
+    marked = None
+    while time.monotonic() < deadline:
+        if shared.check([_CURRENT]):
+            generation = shared.get(_CURRENT).decode()
+            corner = PrefixStore(generation, shared)
+            if generation != marked and not corner.check(["go"]):
+                corner.set(f"present/{rank}", mark)
+                marked = generation
+            if generation == marked and corner.check(["go"]):
+                marks = json.loads(corner.get("go"))
+                if marks[rank : rank + 1] == [mark]:
+                    return corner
+        time.sleep(_POLL_S)
+    raise MeetingError(
+        f"rank {rank}: rank 0 did not open the meeting at {where} in time; see what rank 0 says, "
+        "or raise --setup-timeout"
+    )

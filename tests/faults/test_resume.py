@@ -1,0 +1,155 @@
+"""Contract C3: a resume at any step, at any world size."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from processes import completed_run, metrics, run_job, run_ranks
+
+SMALL = ["--data=bundled", "--train-samples=43", "--global-batch-size=8", "--epochs=2"]
+RECIPE = ["--recipe=tuned", "--lr=0.05"]
+STEPS = 12
+
+
+def comparable(run: Path) -> list[dict[str, Any]]:
+    clock = ("time", "perf/samples_per_second")
+    return [{k: v for k, v in r.items() if k not in clock} for r in metrics(run)]
+
+
+def assert_equal(one: Any, other: Any, where: str = "") -> None:
+    """Bitwise equality of nested state."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal(a, b, f"{where}[{index}]")
+    else:
+        assert one == other, where
+
+
+def cut_back(whole: Path, run: Path, step: int) -> None:
+    """A copy of `whole` as a crash between the checkpoints of `step` and the next leaves it."""
+    shutil.copytree(whole, run)
+    for path in (run / "checkpoints").glob("step_*"):
+        if int(path.stem.removeprefix("step_")) > step:
+            path.unlink()
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps({**status, "status": "running"}))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_resume_at_every_step_ends_in_the_same_bits(world_size: int, tmp_path: Path) -> None:
+    saving = ["--checkpoint-every-steps=1", "--keep-checkpoints=100"]
+    whole = completed_run(tmp_path, world_size, *SMALL, *RECIPE, *saving)
+    expected = torch.load(whole / "checkpoints" / f"step_{STEPS:08d}.pt", weights_only=True)
+    for step in range(1, STEPS + 1):
+        run = tmp_path / f"cut-{step}"
+        cut_back(whole, run, step)
+        flags = [f"--run-dir={run}", *SMALL, *RECIPE, "--keep-checkpoints=100"]
+        first = run_job(tmp_path, world_size, *flags)[0]
+        assert first.code == 0, first.err
+        assert f"resume at step {step}, " in first.out
+        final = torch.load(run / "checkpoints" / f"step_{STEPS:08d}.pt", weights_only=True)
+        assert_equal(final, expected, f"after step {step}")
+        assert comparable(run) == comparable(whole), step
+
+
+def write_numbered_digits(file: Path, count: int) -> None:
+    """Training images whose first two pixels are their own number."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+    images[:, 0, 0], images[:, 0, 1] = np.divmod(np.arange(count), 256)
+    labels = generator.integers(0, 10, count).astype(np.uint8)
+    np.savez(file, x_train=images, y_train=labels, x_test=images[:20], y_test=labels[:20])
+
+
+def train_and_count(flags: list[str], stop_after: int) -> tuple[int, list[int]]:
+    """Run the job in this rank; its exit code, and the numbers of the images it trained on.
+
+    It is asked to stop while it works on its `stop_after`-th batch.
+    """
+    import os
+
+    import train_ddp
+    from mnist_dist import engine, interruption
+
+    interruption._PERIOD_S = interruption._PERIOD_ALONE_S = (
+        0.0  # the ranks compare notes after every step
+    )
+    original, used, batches = engine.pixels, [], 0
+
+    def pixels(images: torch.Tensor) -> torch.Tensor:
+        nonlocal batches
+        if not torch.is_inference_mode_enabled():
+            used.extend((images[:, 0].int() * 256 + images[:, 1]).tolist())
+            batches += 1
+            if batches == stop_after and os.environ.get("RANK", "0") == "0":
+                os.kill(os.getpid(), signal.SIGTERM)
+        return original(images)
+
+    engine.pixels = pixels
+    return train_ddp.main(flags) or 0, used
+
+
+def test_four_then_two_then_one_then_three_processes_use_every_sample_once_an_epoch(
+    tmp_path: Path,
+) -> None:
+    samples, epochs = 500, 3
+    write_numbered_digits(tmp_path / "mnist.npz", samples * 6 // 5)
+    flags = [f"--data={tmp_path / 'mnist.npz'}", "--global-batch-size=20", "--lr=0.05"]
+    flags += [f"--epochs={epochs}"]
+    whole = completed_run(tmp_path, 1, *flags)
+    run = tmp_path / "moved"
+    used: list[int] = []
+    # 25 steps an epoch: the stops are after steps 10, 31 and 60, each within an epoch.
+    for world_size, stop_after, code in ((4, 10, 75), (2, 21, 75), (1, 29, 75), (3, 999, 0)):
+        results = run_ranks(train_and_count, world_size, [f"--run-dir={run}", *flags], stop_after)
+        assert [result[0] for result in results] == [code] * world_size
+        used += [number for result in results for number in result[1]]
+    counts = np.bincount(used, minlength=samples)
+    assert counts.tolist() == [epochs] * samples
+    for ours, expected in zip(metrics(run), metrics(whole), strict=True):
+        for tag in ("train/loss", "val/loss", "test/loss"):
+            if tag in expected:
+                assert ours[tag] == pytest.approx(expected[tag], rel=1e-5), tag
+
+
+@pytest.mark.parametrize("damage", [b"", b"cut", b"flip"])
+def test_a_damaged_newest_checkpoint_is_reported_and_the_older_one_used(
+    damage: bytes, tmp_path: Path
+) -> None:
+    flags = [*SMALL, "--checkpoint-every-steps=1", "--keep-checkpoints=100"]
+    whole = completed_run(tmp_path, 2, *flags)
+    run = tmp_path / "damaged"
+    cut_back(whole, run, 7)
+    newest = run / "checkpoints" / "step_00000007.pt"
+    content = newest.read_bytes()
+    flipped = content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+    newest.write_bytes({b"": b"", b"cut": content[:999], b"flip": flipped}[damage])
+    first, second = run_job(tmp_path, 2, f"--run-dir={run}", *flags)
+    assert (first.code, second.code) == (0, 0)
+    assert "step_00000007.pt" in first.err
+    assert "resume at step 6, " in first.out
+    assert comparable(run) == comparable(whole)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_silently_begun_anew(tmp_path: Path) -> None:
+    run = completed_run(tmp_path, 2, *SMALL)
+    for path in (run / "checkpoints").glob("step_*.pt"):
+        path.write_bytes(b"")
+    for _ in range(2):
+        first, second = run_job(tmp_path, 2, f"--run-dir={run}", *SMALL)
+        assert (first.code, second.code) == (2, 2)
+        (line,) = first.err.splitlines()
+        assert "every checkpoint is damaged" in line
+        assert "step_00000012.pt" in line
