@@ -290,6 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_with_error(launch, error)
     except LostContactError:
         leave(1)
+    except KeyboardInterrupt:  # before training: there is nothing to save yet
+        leave(130)
     return 0
 
 

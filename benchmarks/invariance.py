@@ -14,7 +14,7 @@ def main() -> None:
     """Print one row per world size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="auto")
-    parser.add_argument("--epochs", default="25")
+    parser.add_argument("--recipe", default="baseline")
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
     chosen = parser.parse_args()
     print(
@@ -26,7 +26,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             run = Path(directory) / "run"
             *epochs, test = train(
-                run, world_size, f"--data={chosen.data}", f"--epochs={chosen.epochs}"
+                run, world_size, f"--data={chosen.data}", f"--recipe={chosen.recipe}"
             )
         losses = [epoch["val/loss"] for epoch in epochs]
         first = first or losses

@@ -24,13 +24,15 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "epochs"), [(50, 3), (5, 2)], ids=["uneven-batches", "fewer-samples-than-ranks"]
+    ("batch_size", "epochs", "lr"),
+    [(50, 3, 0.1), (5, 2, 0.05)],
+    ids=["uneven-batches", "fewer-samples-than-ranks"],
 )
 def test_every_world_size_gives_the_same_losses(
-    batch_size: int, epochs: int, tmp_path: Path
+    batch_size: int, epochs: int, lr: float, tmp_path: Path
 ) -> None:
     flags = ["--data=bundled", "--train-samples=1003", f"--global-batch-size={batch_size}"]
-    flags += [f"--epochs={epochs}", "--lr=0.05"]
+    flags += [f"--epochs={epochs}", f"--lr={lr}"]
     curves = {w: losses(completed_run(tmp_path, w, *flags)) for w in WORLD_SIZES}
     assert len(curves[1]) == 2 * epochs + 1
     assert curves[1][-3] < 0.9 * curves[1][0], "the runs learn something, so differences would show"

@@ -1,6 +1,7 @@
 """The job under its real launchers: `torchrun` and plain `python`, as a user types them."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -42,6 +43,15 @@ def test_plain_python_trains_without_a_process_group(tmp_path: Path) -> None:
     assert ended.code == 0, ended.err
     assert "1 process (alone), cpu" in ended.out
     assert len(metrics(tmp_path / "run")) == 3
+
+
+def test_local_sh_starts_as_many_processes_as_it_is_told(tmp_path: Path) -> None:
+    script = str(ROOT / "launch" / "local.sh")
+    bin_directory = str(Path(sys.executable).parent)
+    environment = {"PROCESSES": "3", "PATH": f"{bin_directory}:{os.environ['PATH']}"}
+    ended = command(tmp_path, script, *SMALL, environment=environment)
+    assert ended.code == 0, ended.err
+    assert "3 processes (torchrun)" in ended.out
 
 
 def test_the_installed_command_is_the_same_job(tmp_path: Path) -> None:

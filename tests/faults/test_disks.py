@@ -1,0 +1,95 @@
+"""Contract C4's bad days: a disk that is full, cannot be written, or loses the run's directory."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_job
+
+from benchmarks.live_job import LiveJob
+
+FLAGS = ["--data=bundled", "--train-samples=400", "--lr=0.05"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for a run, but not for many checkpoints."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small tmpfs")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)],
+        capture_output=True,
+        text=True,
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step_*.pt"))
+
+
+def test_a_full_disk_is_a_warning_then_a_clear_end_and_older_checkpoints_are_intact(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    run = small_disk / "run"
+    (first,) = run_job(tmp_path, 1, f"--run-dir={run}", *FLAGS, "--epochs=2")
+    assert first.code == 0, first.err
+    before = checkpoints(run)
+    filler = small_disk / "filler"
+    free = os.statvfs(small_disk)
+    filler.write_bytes(b"x" * (free.f_bavail * free.f_frsize - 100_000))
+    flags = [f"--run-dir={run}", *FLAGS, "--epochs=4"]
+    ended, second = run_job(tmp_path, 2, *flags)
+    assert (ended.code, second.code) == (1, 1)
+    assert "No space left on device" in ended.err
+    assert "training goes on" in ended.err
+    assert "Traceback" not in ended.err
+    assert set(before) <= set(checkpoints(run))
+    for path in before:
+        torch.load(path, weights_only=True)
+    assert [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")] == []
+    filler.unlink()
+    (again,) = run_job(tmp_path, 1, *flags)
+    assert again.code == 0, again.err
+    assert json.loads((run / "status.json").read_text())["status"] == "completed"
+
+
+def test_a_read_only_run_directory_is_refused_and_unharmed(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    run = small_disk / "run"
+    (first,) = run_job(tmp_path, 1, f"--run-dir={run}", *FLAGS, "--epochs=1")
+    assert first.code == 0, first.err
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for ended in run_job(tmp_path, 2, f"--run-dir={run}", *FLAGS, "--epochs=2"):
+        assert ended.code == 2
+    (line,) = run_job(tmp_path, 1, f"--run-dir={run}", *FLAGS, "--epochs=2")[0].err.splitlines()
+    assert "--run-dir" in line
+    assert "Read-only file system" in line
+
+
+def test_a_run_directory_deleted_while_training_ends_in_one_line_or_completes(
+    tmp_path: Path,
+) -> None:
+    """Later checkpoints make the directory anew; the best one may have gone with the old one."""
+    with LiveJob(tmp_path, 2, "--data=bundled", "--epochs=6", "--lr=0.05") as job:
+        job.until_training()
+        shutil.rmtree(job.run, ignore_errors=True)
+        code = job.wait(timeout=60)
+        assert 'train_ddp.py", line' not in job.output, "no traceback through our code"
+        if code != 0:
+            lines = [line for line in job.output.splitlines() if line.startswith("mnist-dist:")]
+            assert any(str(job.run.name) in line or "best.pt" in line for line in lines), lines
+        newest = checkpoints(job.run)[-1]
+        assert torch.load(newest, weights_only=True)["epoch"] == 6
+        assert job.alive() == {}

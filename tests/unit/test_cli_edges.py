@@ -1,0 +1,80 @@
+"""Edges that a stranger found: closed pipes, half an environment, lost files, tiny data."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from processes import ROOT, command, completed_run, run_job
+
+from mnist_dist.data import load, locate
+
+SCRIPT = str(ROOT / "train_ddp.py")
+SMALL = ["--data=bundled", "--train-samples=300", "--epochs=3"]
+
+
+def test_the_first_bundled_samples_hold_every_digit() -> None:
+    for split in (locate("bundled", None), locate("bundled", None)):
+        labels = load(split).first_training_samples(30).train.labels
+        assert torch.bincount(labels, minlength=10).tolist() == [3] * 10
+
+
+def test_fewer_samples_than_processes_train_too(tmp_path: Path) -> None:
+    completed_run(tmp_path, 3, "--data=bundled", "--train-samples=1", "--epochs=1")
+
+
+def test_training_goes_on_when_its_reader_leaves(tmp_path: Path) -> None:
+    words = [sys.executable, SCRIPT, *SMALL, "--run-dir=run"]
+    with subprocess.Popen(
+        words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as job:
+        assert job.stdout is not None
+        assert job.stderr is not None
+        job.stdout.readline()
+        job.stdout.close()
+        errors = job.stderr.read().decode()
+    assert '"completed"' in (tmp_path / "run" / "status.json").read_text(), errors
+    assert "Traceback" not in errors
+
+
+def test_half_a_launchers_environment_is_refused_by_name(tmp_path: Path) -> None:
+    half = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    ended = command(tmp_path, "python", SCRIPT, *SMALL, environment=half)
+    assert ended.code == 2
+    assert "LOCAL_WORLD_SIZE" in ended.err
+
+
+def test_a_completed_run_without_its_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
+    run = completed_run(tmp_path, 1, *SMALL)
+    for path in (run / "checkpoints").glob("step_*"):
+        path.unlink()
+    best = (run / "checkpoints" / "best.pt").read_bytes()
+    (ended,) = run_job(tmp_path, 1, f"--run-dir={run}", *SMALL)
+    assert ended.code == 2
+    assert "its checkpoints are gone" in ended.err
+    assert (run / "checkpoints" / "best.pt").read_bytes() == best
+
+
+def test_a_lost_best_checkpoint_is_said_at_the_start_and_made_anew(tmp_path: Path) -> None:
+    run = completed_run(tmp_path, 2, *SMALL)
+    (run / "checkpoints" / "best.pt").unlink()
+    more = [*SMALL[:-1], "--epochs=4", f"--run-dir={run}"]
+    first, second = run_job(tmp_path, 2, *more)
+    assert (first.code, second.code) == (0, 0), first.err
+    assert "best.pt" in first.err
+    assert torch.load(run / "checkpoints" / "best.pt", weights_only=True)["epoch"] == 4
+
+
+def test_a_cache_whose_bytes_changed_is_made_anew(tmp_path: Path) -> None:
+    import numpy as np
+    from data_files import digits, write_npz
+
+    source = write_npz(tmp_path / "mnist.npz", digits(train=600, test=20))
+    first = locate(str(source), tmp_path / "cache")
+    images = load(first).train.images.clone()
+    assert first.cache_file is not None
+    content = np.fromfile(first.cache_file, dtype=np.uint8)
+    content[len(content) // 2] ^= 1
+    content.tofile(first.cache_file)
+    again = load(locate(str(source), tmp_path / "cache"))
+    assert torch.equal(again.train.images, images)
