@@ -5,6 +5,7 @@ python -m benchmarks.faults --kills 2 --saves 20
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -91,42 +92,49 @@ def ranks(job: LiveJob) -> list[int]:
     return [pid for pid, rank in job.alive().items() if rank is not None]
 
 
+def kill(pids: list[int]) -> None:
+    """SIGKILL; a process that has just ended by itself needs none."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def one_rank(job: LiveJob) -> None:
-    for pid in random.sample(ranks(job), 1):
-        os.kill(pid, signal.SIGKILL)
+    kill(ranks(job)[:1] if random.random() < 0.5 else ranks(job)[-1:])
 
 
 def all_ranks(job: LiveJob) -> None:
-    for pid in ranks(job):
-        os.kill(pid, signal.SIGKILL)
+    kill(ranks(job))
 
 
 def the_agent(job: LiveJob) -> None:
-    os.kill(job.launcher.pid, signal.SIGKILL)
+    kill([job.launcher.pid])
 
 
 def kill_while_running(
-    kill: Callable[[LiveJob], None], count: int, expected: float
+    strike: Callable[[LiveJob], None], count: int, expected: float
 ) -> dict[str, int]:
     """Kill at a random time between start and end, then let torchrun or a relaunch end the job."""
     seen = {"completed": 0, "same loss": 0, "left over": 0}
     for number in range(count):
         with tempfile.TemporaryDirectory() as folder:
-            run = _disturbed(Path(folder), kill, seen)
+            run = _disturbed(Path(folder), strike, seen)
             if run is not None:
                 seen["completed"] += 1
                 seen["same loss"] += abs(final_loss(run) / expected - 1) < 1e-5
-        print(f"  {kill.__name__} {number + 1}/{count}: {seen}", file=sys.stderr, flush=True)
+        print(f"  {strike.__name__} {number + 1}/{count}: {seen}", file=sys.stderr, flush=True)
     return seen
 
 
-def _disturbed(folder: Path, kill: Callable[[LiveJob], None], seen: dict[str, int]) -> Path | None:
+def _disturbed(
+    folder: Path, strike: Callable[[LiveJob], None], seen: dict[str, int]
+) -> Path | None:
     with LiveJob(folder, 2, *FLAGS, torchrun=("--max-restarts=3",)) as job:
         job.until(lambda: len(ranks(job)) == 2 or job.ended)
         time.sleep(random.uniform(0, 7))
         if not job.ended:
-            kill(job)
-        if kill is the_agent:
+            strike(job)
+        if strike is the_agent:
             job.launcher.wait()
             time.sleep(5)
             seen["left over"] += len(job.alive())
@@ -155,9 +163,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, LiveJob(Path(folder), 2, *FLAGS) as job:
             job.wait()
             expected = final_loss(job.run)
-        for kill in (one_rank, all_ranks, the_agent):
-            seen = kill_while_running(kill, chosen.kills, expected)
-            name = kill.__name__.replace("_", " ")
+        for strike in (one_rank, all_ranks, the_agent):
+            seen = kill_while_running(strike, chosen.kills, expected)
+            name = strike.__name__.replace("_", " ")
             row(f"`kill -9` of {name} at a random time", chosen.kills,
                 "completed, final loss within 1e-5, 0 processes 5 s later", text(seen))  # fmt: skip
 
