@@ -60,9 +60,13 @@ def train(config: TrainConfig, launch: Launch) -> None:
             fit(job)
             test(job)
     except BaseException as error:
-        if job is not None and job.world.is_main:
+        if job is None:
+            raise
+        if isinstance(error, LostContactError):
+            error = LostContactError(f"{error}; this was at step {job.state.step + 1}")
+        if job.world.is_main:
             job.record.end(job.state, error)
-        raise
+        raise error
 
 
 def set_up(config: TrainConfig, world: World) -> Job:
@@ -288,7 +292,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(parse_config(sys.argv[1:] if argv is None else argv), launch)
     except ReportedError as error:
         return exit_with_error(launch, error)
-    except LostContactError:
+    except LostContactError as error:
+        print(f"mnist-dist: rank {launch.rank} ends: {error}", file=sys.stderr)
         leave(1)
     except KeyboardInterrupt:  # before training: there is nothing to save yet
         leave(130)

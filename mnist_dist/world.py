@@ -355,20 +355,17 @@ def join(launch: Launch, device: str, backend: str, timeout: float = 600.0) -> I
 
 
 def _explain(error: Exception, board: Board) -> None:
-    """Say why this rank ends; one that only lost contact looks for the cause.
+    """Say what failed here, and post it for the others.
 
     Raises:
-        LostContactError: in that case, with the cause as its text.
+        LostContactError: nothing did, but another rank is gone; its text names that and the cause.
     """
     if not lost_contact(error):
         board.post(describe(error))
         line = f"mnist-dist: error: rank {board.rank} failed: {describe(error)}"
         print(line, file=sys.stderr, flush=True)
         return
-    cause = board.find_cause()
-    line = f"mnist-dist: rank {board.rank} ends: {cause} ({brief(error)})"
-    print(line, file=sys.stderr, flush=True)
-    raise LostContactError(cause) from error
+    raise LostContactError(f"{board.find_cause()} ({brief(error)})") from error
 
 
 def pick_backend(device: torch.device, backend: str) -> Literal["gloo", "nccl"]:
