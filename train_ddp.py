@@ -5,12 +5,15 @@ torchrun --nproc_per_node=4 train_ddp.py       four on this host
 srun python train_ddp.py                       one per Slurm task
 """
 
+import atexit
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
+
+from mnist_dist.launcher import leave_with_launcher  # isort: skip  # before torch: see there
 
 import torch
 from torch.distributed.elastic.multiprocessing import errors as elastic_errors
@@ -22,7 +25,7 @@ from mnist_dist.data import Dataset, load, locate
 from mnist_dist.engine import evaluate, train_epoch
 from mnist_dist.errors import JobError, Preempted, ReportedError, UserError
 from mnist_dist.failures import LostContactError
-from mnist_dist.interruption import Agreement, StopRequest, leave_with_launcher
+from mnist_dist.interruption import Agreement, StopRequest
 from mnist_dist.model import MLP
 from mnist_dist.record import Record
 from mnist_dist.run_directory import code_digest, find_run_directory
@@ -50,8 +53,6 @@ def train(config: TrainConfig, launch: Launch) -> None:
     job = None
     try:
         with join(launch, config.device, config.backend, config.setup_timeout) as world:
-            if world.world_size > 1:
-                leave_with_launcher(world.rank)
             job = set_up(config, world)
             if resume(job):
                 job.console.say(f"{job.record}: already complete; --epochs N goes on to N epochs")
@@ -289,6 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch = Launch("alone")
     try:
         launch = read_launch()
+        if launch.launcher != "alone":
+            leave_with_launcher(launch.rank)
         train(parse_config(sys.argv[1:] if argv is None else argv), launch)
     except ReportedError as error:
         return exit_with_error(launch, error)
@@ -300,10 +303,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """`main` as a process of its own: a bug has its traceback, and the process really ends."""
     try:
-        code = main()
+        code = main(argv)
     except Exception:
         traceback.print_exc()
         leave(1)
-    sys.exit(code)
+    atexit._run_exitfuncs()
+    leave(code or 0)
+
+
+if __name__ == "__main__":
+    run()

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         case ["train", *flags]:
             import train_ddp  # takes as long as importing torch
 
-            return train_ddp.main(flags) or 0
+            train_ddp.run(flags)
         case ["--version"]:
             print(f"mnist-dist {__version__}")
         case ["--help" | "-h"] | []:

@@ -1,4 +1,4 @@
-"""Please stop: signals set a flag, all ranks agree at a step, nobody outlives the launcher."""
+"""Please stop: signals set a flag, and all ranks agree at a step."""
 
 import os
 import signal
@@ -116,22 +116,3 @@ class Agreement:
     def saved(self) -> None:
         """A checkpoint was made: its clock starts anew."""
         self._saved = time.monotonic()
-
-
-def leave_with_launcher(rank: int) -> None:
-    """From now on, end this process within a second of its launcher's end, even by `kill -9`.
-
-    Otherwise it would go on for ever, holding its GPU and the run. It is a thread, so it also works
-    while the process waits for a collective; the checkpoint being written is abandoned, unharmed.
-    """
-    launcher = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(0.5)
-        try:
-            print(f"mnist-dist: rank {rank}: the launcher is gone, leaving", file=sys.stderr)
-        finally:
-            os._exit(1)
-
-    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

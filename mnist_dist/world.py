@@ -436,7 +436,12 @@ def _wait_for_word(launch: Launch) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once: NCCL and gloo may wait for the dead for ever."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """End this process at once, without the interpreter's own end.
+
+    That would take down NCCL's and gloo's threads: they may wait for the dead for ever, and even
+    after a good run abort the process now and then (seen with torch 2.13 on a busy machine).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, full, or none
+            stream.flush()
     os._exit(code)

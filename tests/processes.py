@@ -110,7 +110,8 @@ def _rank(
         sender.send((False, traceback.format_exc()))
 
 
-def _main(directory: str, flags: list[str]) -> Ended:
+def run_main(directory: str, flags: list[str]) -> Ended:
+    """`train_ddp.main` in `directory` in this process, and what it said."""
     import train_ddp
 
     os.chdir(directory)
@@ -128,7 +129,7 @@ def _main(directory: str, flags: list[str]) -> Ended:
 
 def run_job(directory: Path, world_size: int, *flags: str, **options: Any) -> list[Ended]:
     """Run `train_ddp.main` in `directory` in each of `world_size` processes."""
-    return run_ranks(_main, world_size, str(directory), list(flags), **options)
+    return run_ranks(run_main, world_size, str(directory), list(flags), **options)
 
 
 def completed_run(directory: Path, world_size: int, *flags: str) -> Path:

@@ -79,10 +79,8 @@ def test_without_full_data_and_network_the_bundled_digits_are_used_and_said_once
     ("flags", "names"),
     [
         (["--lr", "-1"], ["--lr", "-1"]),
-        (["--no-such-flag"], ["--no-such-flag"]),
         (["--data", "/nowhere/mnist.npz"], ["/nowhere/mnist.npz"]),
         (["--data=bundled", "--run-dir=/proc/mnist"], ["--run-dir", "/proc/mnist"]),
-        (["--data=bundled", "--train-samples=5000"], ["--train-samples", "5000"]),
     ],
 )
 def test_a_users_mistake_is_one_line_from_one_of_four_ranks(

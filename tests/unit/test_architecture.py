@@ -8,7 +8,7 @@ from processes import ROOT
 
 # From the ground up: a module may import from lines above its own, and within `data` from `data`.
 LAYERS = [
-    {"errors", "atomic", "model"},
+    {"errors", "atomic", "model", "launcher"},
     {"config", "failures", "rendezvous"},
     {"world"},
     {"state"},
