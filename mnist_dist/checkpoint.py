@@ -131,14 +131,22 @@ class CheckpointStore:
 
     def _write(self, name: str, content: bytes, facts: Mapping[str, Any]) -> None:
         digest = hashlib.sha256(content).hexdigest()
-        sidecar = {**facts, "bytes": len(content), "sha256": digest}
         path = self.directory / f"{name}.pt"
+        sidecar = {**facts, "bytes": len(content), "sha256": digest, "replaces": _digest_of(path)}
         self.directory.mkdir(parents=True, exist_ok=True)  # somebody may have deleted the run
         write_atomically(path.with_suffix(".json"), json.dumps(sidecar, indent=2).encode())
         write_atomically(path, content)
         for old in self._steps()[self.keep :]:
             old.unlink(missing_ok=True)
             old.with_suffix(".json").unlink(missing_ok=True)
+
+
+def _digest_of(path: Path) -> str | None:
+    """SHA-256 in the sidecar of `path`; None if there is nothing to replace."""
+    try:
+        return str(json.loads(path.with_suffix(".json").read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -149,12 +157,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         content = path.read_bytes()
-        expected = json.loads(path.with_suffix(".json").read_text())["sha256"]
+        sidecar = json.loads(path.with_suffix(".json").read_text())
+        # A writer that died between the two files of a replacement left the old one, still sound.
+        expected = (sidecar["sha256"], sidecar.get("replaces"))
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path.with_suffix('.json')}: not a checkpoint's sidecar") from error
-    if hashlib.sha256(content).hexdigest() != expected:
+    if hashlib.sha256(content).hexdigest() not in expected:
         raise UserError(f"{path}: its content is not what was saved (SHA-256 differs)")
     try:
         state: dict[str, Any] = torch.load(

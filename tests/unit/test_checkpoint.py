@@ -143,3 +143,19 @@ def test_saving_again_replaces_the_file_whole(tmp_path: Path) -> None:
     store.save(state(1), 1, {})
     store.save({**state(1), "more": 1}, 1, {})
     assert newest(store)["more"] == 1
+
+
+def test_dying_between_the_two_files_of_a_replacement_leaves_the_old_one_sound(
+    tmp_path: Path,
+) -> None:
+    store = opened(tmp_path)
+    write(store, 1)
+    path = store.directory / "step_00000001.pt"
+    old = path.read_bytes()
+    store.save({**state(1), "more": 1}, 1, {})
+    store.flush()
+    path.write_bytes(old)  # as if the second rename had not come to pass
+    found, damaged = store.load_latest()
+    assert found is not None
+    assert "more" not in found
+    assert damaged == []
