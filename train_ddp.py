@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from mnist_dist.launcher import leave_with_launcher  # isort: skip  # before torch: see there
+# Before torch, whose import takes seconds: it notes the parent that we are to end with.
+from mnist_dist.launcher import Launch, leave_with_launcher, read_launch  # isort: skip
 
 import torch
 from torch.distributed.elastic.multiprocessing import errors as elastic_errors
@@ -32,7 +33,7 @@ from mnist_dist.run_directory import code_digest, find_run_directory
 from mnist_dist.sharding import Sharding
 from mnist_dist.state import TrainState
 from mnist_dist.tracking import Console
-from mnist_dist.world import Launch, World, exit_with_error, join, leave, read_launch
+from mnist_dist.world import World, exit_with_error, join, leave
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from mnist_dist.data import load, locate
 from mnist_dist.engine import train_epoch
 from mnist_dist.interruption import Agreement, StopRequest
+from mnist_dist.launcher import read_launch
 from mnist_dist.model import MLP
 from mnist_dist.sharding import Sharding
 from mnist_dist.state import TrainState
-from mnist_dist.world import World, join, read_launch
+from mnist_dist.world import World, join
 
 _INSIDE = "--inside"
 
