@@ -227,8 +227,8 @@ def compare_notes(job: Job, agreement: Agreement, save_now: bool) -> None:
     if verdict.bad_rank is not None:
         raise JobError(
             f"the loss at step {verdict.bad_step} (epoch {state.epoch + 1}) on rank "
-            f"{verdict.bad_rank} is not finite; nothing was saved after it: lower --lr, or look at "
-            f"the data, and start again from {job.record}"
+            f"{verdict.bad_rank} is not finite; nothing was saved after it: look at the data, or "
+            "lower --lr and begin in another --run-dir"
         )
     if verdict.save or save_now or verdict.stop:
         agreement.saved()

@@ -2,7 +2,8 @@
 
 A checkpoint is `NAME.pt`, written by `torch.save`, and its sidecar `NAME.json` with the SHA-256 of
 the first. Both appear by renaming a finished, flushed file, sidecar first: whenever the writer
-dies, every `step_*.pt` in the directory is complete and has its sidecar.
+dies, every checkpoint in the directory is complete and its sidecar knows it; the sidecar of one
+that replaces another knows both.
 
 Files are written by a thread, in order: training waits for the serialization only.
 """
@@ -111,6 +112,12 @@ class CheckpointStore:
             return False
         return True
 
+    @property
+    def newest_step(self) -> int | None:
+        """The step of the newest checkpoint on disk; None if there is none."""
+        steps = self._steps()
+        return int(steps[0].stem.removeprefix("step_")) if steps else None
+
     def _steps(self) -> list[Path]:
         if not self.directory.is_dir():
             return []
@@ -142,19 +149,15 @@ class CheckpointStore:
 
 
 def _digest_of(path: Path) -> str | None:
-    """SHA-256 in the sidecar of `path`; None if there is nothing to replace."""
+    """SHA-256 of the sound checkpoint at `path` that is about to be replaced; None without one."""
     try:
-        return str(json.loads(path.with_suffix(".json").read_text())["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return hashlib.sha256(_sound_content(path)).hexdigest()
+    except UserError:
         return None
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, after comparing it with its sidecar.
-
-    Raises:
-        UserError: it is missing or damaged; the text says how.
-    """
+def _sound_content(path: Path) -> bytes:
+    """The bytes of a checkpoint, once they are what its sidecar says. Raises UserError if not."""
     try:
         content = path.read_bytes()
         sidecar = json.loads(path.with_suffix(".json").read_text())
@@ -166,6 +169,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path.with_suffix('.json')}: not a checkpoint's sidecar") from error
     if hashlib.sha256(content).hexdigest() not in expected:
         raise UserError(f"{path}: its content is not what was saved (SHA-256 differs)")
+    return content
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, after comparing it with its sidecar.
+
+    Raises:
+        UserError: it is missing or damaged; the text says how.
+    """
+    content = _sound_content(path)
     try:
         state: dict[str, Any] = torch.load(
             io.BytesIO(content), map_location="cpu", weights_only=True

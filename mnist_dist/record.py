@@ -8,7 +8,7 @@ from typing import Any
 from mnist_dist.checkpoint import CheckpointStore
 from mnist_dist.errors import JobError, ReportedError
 from mnist_dist.failures import LostContactError
-from mnist_dist.run_directory import RunDirectory, environment_facts
+from mnist_dist.run_directory import RunDirectory, Status, environment_facts
 from mnist_dist.state import TrainState
 from mnist_dist.tracking import Console, Tracker
 
@@ -37,9 +37,10 @@ class Record:
         """Write down what runs where with what. Raises JobError if that cannot be written."""
         environment = environment_facts() | dict(world)
         with self._reported():
+            # First the status: it marks the directory as a run's, whenever this process dies.
+            self._write_status("running", state, "training")
             self.directory.write_json("config.json", config)
             self.directory.write_json("environment.json", environment)
-            self.directory.write_status("running", state.epoch, state.step, "training")
             self._begun = True
             self._tracker.open(state.step, {"config": config, "environment": environment})
 
@@ -67,7 +68,7 @@ class Record:
                 self.store.save_best(saved, state.step, figures)
             if newest:
                 self.store.save(saved, state.step, figures)
-                self.directory.write_status("running", state.epoch, state.step, "training")
+                self._write_status("running", state, "training")
 
     def flush(self) -> None:
         """Wait until every checkpoint is on disk. Raises JobError if one cannot be."""
@@ -80,7 +81,7 @@ class Record:
         """Close the record of a run that has done all its epochs."""
         with self._reported():
             self._tracker.close(settings, results)
-            self.directory.write_status("completed", state.epoch, state.step, "all epochs done")
+            self._write_status("completed", state, "all epochs done")
 
     def end(self, state: TrainState, error: BaseException) -> None:
         """Write down why the run ended early, as far as there still is a disk to write to."""
@@ -90,8 +91,13 @@ class Record:
         status = error.status if isinstance(error, ReportedError) else "failed"
         with contextlib.suppress(OSError):
             reason = str(error) if explained else repr(error)
-            self.directory.write_status(status, state.epoch, state.step, reason)
-            self.store.flush()
+            with contextlib.suppress(OSError):
+                self.store.flush()
+            self._write_status(status, state, reason)
+
+    def _write_status(self, status: Status, state: TrainState, reason: str) -> None:
+        saved = self.store.newest_step
+        self.directory.write_status(status, state.epoch, state.step, saved, reason)
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:

@@ -47,7 +47,8 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if self.status is None and (self.path / "config.json").exists():
+            ours = self.status is not None or (self.path / "checkpoints").exists()
+            if (self.path / "config.json").exists() and not ours:
                 raise UserError(
                     f"--run-dir {self.path}: holds a config.json but no status.json that can be "
                     "read, so it is not a run's; name another"
@@ -67,12 +68,20 @@ class RunDirectory:
         """Replace the file `name` atomically."""
         write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
-    def write_status(self, status: Status, epoch: int, step: int, reason: str) -> None:
-        """Say in status.json how the run stands."""
-        self.write_json(
-            "status.json",
-            {"status": status, "epoch": epoch, "step": step, "reason": reason, "time": time.time()},
-        )
+    def write_status(
+        self, status: Status, epoch: int, step: int, saved_step: int | None, reason: str
+    ) -> None:
+        """Say in status.json how the run stands.
+
+        Args:
+            status: the state of the run.
+            epoch: epochs finished.
+            step: optimizer steps taken.
+            saved_step: the step of the newest checkpoint, from which the run would continue.
+            reason: why, for a person.
+        """
+        about = {"status": status, "epoch": epoch, "step": step, "saved_step": saved_step}
+        self.write_json("status.json", {**about, "reason": reason, "time": time.time()})
 
 
 def read_status(path: Path) -> str | None:

@@ -155,7 +155,11 @@ def test_dying_between_the_two_files_of_a_replacement_leaves_the_old_one_sound(
     store.save({**state(1), "more": 1}, 1, {})
     store.flush()
     path.write_bytes(old)  # as if the second rename had not come to pass
-    found, damaged = store.load_latest()
-    assert found is not None
-    assert "more" not in found
-    assert damaged == []
+    for _ in range(2):
+        found, damaged = store.load_latest()
+        assert found is not None
+        assert "more" not in found
+        assert damaged == []
+        # Nor a second time, as on a disk that has room for sidecars only.
+        write(store, 1)
+        path.write_bytes(old)
