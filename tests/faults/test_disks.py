@@ -82,7 +82,7 @@ def test_a_run_directory_deleted_while_training_ends_in_one_line_or_completes(
     tmp_path: Path,
 ) -> None:
     """Later checkpoints make the directory anew; the best one may have gone with the old one."""
-    with LiveJob(tmp_path, 2, "--data=bundled", "--epochs=6", "--lr=0.05") as job:
+    with LiveJob(tmp_path, 2, "--data=bundled", "--epochs=20", "--lr=0.05") as job:
         job.until_training()
         shutil.rmtree(job.run, ignore_errors=True)
         code = job.wait(timeout=60)
@@ -91,5 +91,5 @@ def test_a_run_directory_deleted_while_training_ends_in_one_line_or_completes(
             lines = [line for line in job.output.splitlines() if line.startswith("mnist-dist:")]
             assert any(str(job.run.name) in line or "best.pt" in line for line in lines), lines
         newest = checkpoints(job.run)[-1]
-        assert torch.load(newest, weights_only=True)["epoch"] == 6
+        assert torch.load(newest, weights_only=True)["epoch"] == 20
         assert job.alive() == {}
