@@ -15,13 +15,13 @@ from processes import metrics
 from benchmarks.live_job import LiveJob
 
 # A second or more an epoch at any number of processes, so that faults happen within one.
-SAMPLES = 2400
+SAMPLES = 4000
 Pick = Callable[[LiveJob], int]
 
 
 def flags_for(processes: int) -> list[str]:
     batch = 1 if processes == 1 else 4
-    flags = ["--data=bundled", f"--train-samples={SAMPLES}", "--epochs=3", "--lr=0.01"]
+    flags = ["--data=bundled", f"--train-samples={SAMPLES}", "--epochs=2", "--lr=0.01"]
     return [*flags, f"--global-batch-size={batch}"]
 
 
@@ -75,7 +75,7 @@ def last_rank(job: LiveJob) -> int:
     ],
     ids=["TERM-torchrun", "TERM-one-rank", "USR1-torchrun", "INT-python", "USR2-python"],
 )
-def test_a_stop_saves_at_the_agreed_step_and_the_same_command_continues_to_the_same_bits(
+def test_a_stop_saves_mid_epoch_and_the_same_command_continues_to_the_same_bits(
     processes: int,
     target: Pick,
     number: signal.Signals,
@@ -87,20 +87,18 @@ def test_a_stop_saves_at_the_agreed_step_and_the_same_command_continues_to_the_s
         job.until_training()
         time.sleep(0.1)
         os.kill(target(job), number)
-        code = job.wait(timeout=30)
+        code = job.wait(timeout=10)
         assert code == (1 if processes > 1 else 75), job.output
         assert job.status["status"] == "preempted"
         step = job.status["step"]
         steps_per_epoch = SAMPLES // (1 if processes == 1 else 4)
-        assert steps_per_epoch <= step < 3 * steps_per_epoch, (
-            "after the first epoch, not at the end"
-        )
+        assert steps_per_epoch < step < 2 * steps_per_epoch, "within the second epoch"
         assert final(job.run)["step"] == step
         assert f"{number.name} at step {step}, saved" in job.output
         assert job.alive() == {}
     with LiveJob(tmp_path, processes, *flags_for(processes)) as job:
         assert job.wait() == 0, job.output
-        assert f"resume at step {step}, " in job.output
+        assert f"resume at step {step}, 1 epochs done" in job.output
         assert job.status["status"] == "completed"
         assert_same_end(job.run, whole[processes])
 
@@ -115,7 +113,7 @@ def test_a_second_request_ends_at_once(tmp_path: Path) -> None:
         time.sleep(2.5)
         assert victim in job.alive(), "a request waits for the others"
         os.kill(victim, signal.SIGTERM)
-        job.until(lambda: victim not in job.alive(), timeout=15)
+        job.until(lambda: victim not in job.alive(), timeout=5)
         os.kill(job.pid_of(0), signal.SIGCONT)
         assert job.wait() == 1
 
@@ -144,7 +142,7 @@ def test_no_process_outlives_its_launcher_and_a_relaunch_continues(
         job.until_training()
         os.kill(job.launcher.pid, number)
         job.launcher.wait()
-        job.until(lambda: job.alive() == {}, timeout=15)
+        job.until(lambda: job.alive() == {}, timeout=5)
         assert "the launcher is gone" in job.output
     if number == signal.SIGUSR1:
         return
