@@ -247,13 +247,12 @@ def require_same_weights(job: Job) -> None:
     Raises:
         JobError: a rank's weights went their own way, by a fault of its memory or of the code.
     """
-    digests = job.world.gather(job.state.weights_digest())
-    usual = max(digests, key=digests.count)
-    apart = [str(rank) for rank, digest in enumerate(digests) if digest != usual]
+    apart = job.state.ranks_apart(job.world)
     if apart:
         raise JobError(
-            f"the weights of rank(s) {', '.join(apart)} differ from those of the others after step "
-            f"{job.state.step}; suspect that host's memory, and start again from {job.record}"
+            f"the weights of rank(s) {', '.join(map(str, apart))} differ from those of the others "
+            f"after step {job.state.step}; suspect that host's memory, and start again from "
+            f"{job.record}"
         )
 
 

@@ -12,7 +12,7 @@ import time
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from mnist_dist.data import load, locate
+from mnist_dist.data import Split, load, locate
 from mnist_dist.engine import train_epoch
 from mnist_dist.interruption import Agreement, StopRequest
 from mnist_dist.launcher import read_launch
@@ -22,13 +22,18 @@ from mnist_dist.state import TrainState
 from mnist_dist.world import World, join
 
 _INSIDE = "--inside"
+_PAIRS = {1: 100, 2: 40, 4: 24}
 
 
 def epoch_seconds(
-    world: World, state: TrainState, model: torch.nn.Module, sharding: Sharding, checked: bool
+    world: World,
+    state: TrainState,
+    model: torch.nn.Module,
+    split: Split,
+    sharding: Sharding,
+    checked: bool,
 ) -> float:
     """One epoch's training time on this rank, with or without the checks."""
-    split = load(locate("bundled", None)).train
     agreement = Agreement(world, StopRequest(), None)
     world.barrier()
     started = time.perf_counter()
@@ -38,44 +43,57 @@ def epoch_seconds(
             agreement.compare(state.settle())
     if checked:
         agreement.compare(state.settle())
-        world.gather(state.weights_digest())
-    state.settle()
+        state.ranks_apart(world)
+    else:
+        state.settle()
+    world.barrier()
     return time.perf_counter() - started
 
 
-def measure(epochs: int) -> None:
-    """Print the ratio of this world size; runs in every rank."""
+def measure(data: str, pairs: int | None) -> None:
+    """Print this world size's row; runs in every rank."""
     with join(read_launch(), "cpu", "auto") as world:
+        split = load(world.once_per_host(lambda: locate(data, None))).train
         bare = MLP()
         state = TrainState(bare, torch.optim.SGD(bare.parameters(), lr=0.001), None, {})
         model = DistributedDataParallel(bare) if world.world_size > 1 else bare
-        # 782 steps, as an epoch of full MNIST has at the default batch of 64.
-        sharding = Sharding(3910, 5, world.rank, world.world_size, seed=0)
+        sharding = Sharding(len(split), 64, world.rank, world.world_size, seed=0)
         seconds: dict[bool, list[float]] = {True: [], False: []}
-        for number in range(2 * epochs + 2):
-            checked = number % 2 == 0
-            taken = epoch_seconds(world, state, model, sharding, checked)
-            if number >= 2:
-                seconds[checked].append(taken)
-        on, off = (statistics.median(seconds[checked]) for checked in (True, False))
+        count = pairs or _PAIRS.get(world.world_size, 10)
+        for number in range(count + 1):
+            # Which comes first alternates, so that a drift of the machine's speed cancels.
+            for checked in (number % 2 == 0, number % 2 != 0):
+                taken = epoch_seconds(world, state, model, split, sharding, checked)
+                if number:  # the first pair warms up
+                    seconds[checked].append(taken)
         if world.is_main:
-            print(
-                f"| {world.world_size} | {off:.3f} | {on:.3f} | {on / off - 1:+.1%} |", flush=True
-            )
+            print(row(world.world_size, sharding.steps_per_epoch, seconds), flush=True)
+
+
+def row(world_size: int, steps: int, seconds: dict[bool, list[float]]) -> str:
+    """A line of the table: the medians, and how the pairs' differences are spread."""
+    on, off = (statistics.median(seconds[checked]) for checked in (True, False))
+    pairs = [a / b - 1 for a, b in zip(seconds[True], seconds[False], strict=True)]
+    low, middle, high = statistics.quantiles(pairs, n=4)
+    figures = [f"{off:.3f}", f"{on:.3f}", f"{middle:+.1%}", f"{low:+.1%} to {high:+.1%}"]
+    return "| " + " | ".join(map(str, [world_size, steps, len(pairs), *figures])) + " |"
 
 
 def main() -> None:
     """Print one row per world size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--epochs", type=int, default=9)
+    parser.add_argument("--data", default="auto", help="as of train_ddp.py")
+    parser.add_argument("--pairs", type=int, help="epochs with and without, each")
     parser.add_argument(_INSIDE, action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.inside:
-        return measure(chosen.epochs)
-    print("| processes | s without | s with | difference |\n|---|---|---|---|", flush=True)
+        return measure(chosen.data, chosen.pairs)
+    print("| processes | steps | pairs of epochs | s without | s with | difference | middle half |")
+    print("|---|---|---|---|---|---|---|", flush=True)
     for world_size in chosen.world_sizes:
-        module = ["-m", "benchmarks.overhead", _INSIDE, f"--epochs={chosen.epochs}"]
+        module = ["-m", "benchmarks.overhead", _INSIDE, f"--data={chosen.data}"]
+        module += [f"--pairs={chosen.pairs}"] if chosen.pairs else []
         torchrun = [*["-m", "torch.distributed.run"], f"--nproc_per_node={world_size}"]
         launcher = torchrun if world_size > 1 else []
         subprocess.run([sys.executable, *launcher, *module], check=True)
