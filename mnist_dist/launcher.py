@@ -77,8 +77,17 @@ class Launch:
     master_port: int | None = None
     hosts_store: bool = False
     """Whether this process must host the ranks' store itself."""
+    cpus_per_task: int | None = None
+    """CPUs that Slurm gave to this process; None if nobody says."""
     job_id: str | None = None
     """Names the job, the same after a torchrun restart or a Slurm requeue; None if nothing does."""
+
+    @property
+    def spans_hosts(self) -> bool:
+        """Whether some ranks are on other hosts than this one, as far as can be told."""
+        return self.local_world_size < self.world_size and not re.match(
+            r"localhost$|127\.|::1$", self.master_addr or ""
+        )
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
@@ -134,6 +143,7 @@ def _read_srun(environment: Mapping[str, str]) -> Launch:
         master_addr=environment.get("MASTER_ADDR") or first_host(hosts),
         master_port=int(environment.get("MASTER_PORT") or _FIRST_PORT + unique % _PORTS),
         hosts_store=environment["SLURM_PROCID"] == "0",
+        cpus_per_task=int(environment.get("SLURM_CPUS_PER_TASK", "0")) or None,
         job_id=_slurm_job_id(environment),
     )
 

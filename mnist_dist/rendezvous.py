@@ -7,21 +7,28 @@ corner of the store for each generation, and nobody is let in by an old one's no
 """
 
 import json
-import socket
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from mnist_dist.errors import MeetingError
+from mnist_dist.network import require_free, wait_until_reachable
 
 _CURRENT = "mnist-dist/generation"
 _POLL_S = 0.02
 
 
 def meet(
-    rank: int, world_size: int, address: str, port: int, hosts_store: bool, timeout: float
+    rank: int,
+    world_size: int,
+    address: str,
+    port: int,
+    hosts_store: bool,
+    timeout: float,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> Store:
     """A store that exactly the `world_size` processes of this generation share.
 
@@ -32,16 +39,20 @@ def meet(
         port: its TCP port.
         hosts_store: this process is to host the store; otherwise somebody else does.
         timeout: seconds until this gives up.
+        notify: is told, once, why the store cannot be reached yet.
 
     Raises:
         MeetingError: the store cannot be reached, or the ranks it names did not come in time.
     """
     deadline = time.monotonic() + timeout
-    if not hosts_store:
-        _wait_until_reachable(address, port, deadline)
+    if hosts_store:
+        require_free(address, port)
+    else:
+        wait_until_reachable(address, port, deadline, notify)
     try:
         shared = TCPStore(
-            address,
+            # The host of the store may know itself by its name as something else.
+            "localhost" if hosts_store else address,
             port,
             is_master=hosts_store,
             wait_for_workers=False,
@@ -54,22 +65,6 @@ def meet(
     if rank == 0:
         return _convene(shared, world_size, where, deadline)
     return _attend(shared, rank, where, deadline)
-
-
-def _wait_until_reachable(address: str, port: int, deadline: float) -> None:
-    """Knock with a plain socket first: torch's client says a failure in forty lines of C++."""
-    while True:
-        try:
-            socket.create_connection((address, port), timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise MeetingError(
-                    f"nobody answers at the meeting point {address}:{port} ({error}); see that the "
-                    "first host is up, its name resolves to an address that this host can reach, "
-                    "and no firewall is in between"
-                ) from error
-            time.sleep(0.2)
 
 
 def _convene(shared: Store, world_size: int, where: str, deadline: float) -> Store:

@@ -17,7 +17,9 @@ from torch.distributed import PrefixStore
 from mnist_dist.errors import MeetingError, ReportedError, UserError
 from mnist_dist.failures import Board, LostContactError, brief, describe, lost_contact
 from mnist_dist.launcher import Launch
+from mnist_dist.network import interface_towards
 from mnist_dist.rendezvous import meet
+from mnist_dist.threads import let_gloo_give_way, threads_for_one
 
 T = TypeVar("T")
 
@@ -182,7 +184,7 @@ class World:
 
 @contextlib.contextmanager
 def join(launch: Launch, device: str, backend: str, timeout: float = 600.0) -> Iterator[World]:
-    """Pick this process's device, join the process group, and leave it at the end.
+    """Pick this process's device and threads, join the process group, and leave it at the end.
 
     One process needs no group and makes none. If the body fails with anything but a ReportedError,
     this rank says why in one line, and the others hear of it.
@@ -199,17 +201,22 @@ def join(launch: Launch, device: str, backend: str, timeout: float = 600.0) -> I
     """
     chosen = pick_device(launch, device)
     name = pick_backend(chosen, backend)
+    _choose_threads(launch)
     if launch.world_size == 1:
         yield World(launch, chosen, "none")
         return
+    address = launch.master_addr or ""
     store = meet(
         launch.rank,
         launch.world_size,
-        launch.master_addr or "",
+        address,
         launch.master_port or 0,
         launch.hosts_store,
         timeout,
+        notify=_say if launch.local_rank == 0 else lambda line: None,
     )
+    if launch.spans_hosts:
+        _choose_interface(address)
     dist.init_process_group(
         name,
         store=PrefixStore("group", store),
@@ -218,6 +225,7 @@ def join(launch: Launch, device: str, backend: str, timeout: float = 600.0) -> I
         timeout=timedelta(seconds=timeout),
         device_id=chosen if name == "nccl" else None,
     )
+    let_gloo_give_way()
     board = Board(store, launch.rank, launch.world_size)
     try:
         yield World(launch, chosen, name)
@@ -230,6 +238,29 @@ def join(launch: Launch, device: str, backend: str, timeout: float = 600.0) -> I
     # Rank 0 may host the store: the barrier keeps it there until nobody needs it.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _say(line: str) -> None:
+    print(f"mnist-dist: {line}", file=sys.stderr, flush=True)
+
+
+def _choose_threads(launch: Launch) -> None:
+    """Share the CPUs of this host out among its ranks, unless OMP_NUM_THREADS says otherwise.
+
+    Torchrun sets it to 1 by itself, so that value says nothing there.
+    """
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    if chosen is None or (chosen == "1" and launch.launcher == "torchrun"):
+        torch.set_num_threads(threads_for_one(launch.local_world_size, launch.cpus_per_task))
+
+
+def _choose_interface(address: str) -> None:
+    """Let gloo use the interface that leads to the first host, unless the user chose one.
+
+    By itself it takes the one that this host's own name resolves to, which is often the loopback.
+    """
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (found := interface_towards(address)):
+        os.environ["GLOO_SOCKET_IFNAME"] = found[0]
 
 
 def _explain(error: Exception, board: Board) -> None:

@@ -8,8 +8,9 @@ from processes import ROOT
 
 # From the ground up: a module may import from lines above its own, and within `data` from `data`.
 LAYERS = [
-    {"errors", "atomic", "model"},
-    {"config", "failures", "launcher", "rendezvous"},
+    {"errors", "atomic", "model", "threads"},
+    {"config", "failures", "launcher", "network"},
+    {"rendezvous"},
     {"world"},
     {"state"},
     {"sharding", "checkpoint", "tracking", "run_directory", "interruption", "data"},
