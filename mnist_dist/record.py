@@ -81,7 +81,7 @@ class Record:
         """Close the record of a run that has done all its epochs."""
         with self._reported():
             self._tracker.close(settings, results)
-            self._write_status("completed", state, "all epochs done")
+            self._write_status("completed", state, "all epochs done", resumable=False)
 
     def end(self, state: TrainState, error: BaseException) -> None:
         """Write down why the run ended early, as far as there still is a disk to write to."""
@@ -93,11 +93,14 @@ class Record:
             reason = str(error) if explained else repr(error)
             with contextlib.suppress(OSError):
                 self.store.flush()
-            self._write_status(status, state, reason)
+            resumable = status == "preempted" or isinstance(error, LostContactError)
+            self._write_status(status, state, reason, resumable)
 
-    def _write_status(self, status: Status, state: TrainState, reason: str) -> None:
+    def _write_status(
+        self, status: Status, state: TrainState, reason: str, resumable: bool = True
+    ) -> None:
         saved = self.store.newest_step
-        self.directory.write_status(status, state.epoch, state.step, saved, reason)
+        self.directory.write_status(status, state.epoch, state.step, saved, resumable, reason)
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:

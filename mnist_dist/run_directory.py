@@ -69,7 +69,13 @@ class RunDirectory:
         write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def write_status(
-        self, status: Status, epoch: int, step: int, saved_step: int | None, reason: str
+        self,
+        status: Status,
+        epoch: int,
+        step: int,
+        saved_step: int | None,
+        resumable: bool,
+        reason: str,
     ) -> None:
         """Say in status.json how the run stands.
 
@@ -78,10 +84,13 @@ class RunDirectory:
             epoch: epochs finished.
             step: optimizer steps taken.
             saved_step: the step of the newest checkpoint, from which the run would continue.
+            resumable: the same command may get further, though nobody mends anything first:
+                launch scripts requeue by it.
             reason: why, for a person.
         """
         about = {"status": status, "epoch": epoch, "step": step, "saved_step": saved_step}
-        self.write_json("status.json", {**about, "reason": reason, "time": time.time()})
+        why = {"resumable": resumable, "reason": reason, "time": time.time()}
+        self.write_json("status.json", about | why)
 
 
 def read_status(path: Path) -> str | None:
