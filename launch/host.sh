@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# One host's part of a run over several hosts, with torchrun: start it on every host.
+#   launch/host.sh HEAD:PORT HOSTS NODE_RANK [FLAGS OF train_ddp.py]
+#   launch/host.sh n1:29400 2 0 --epochs 5     on n1, which must be the host of NODE_RANK 0
+#   launch/host.sh n1:29400 2 1 --epochs 5     on the other
+# HOSTS may be MIN:MAX, e.g. 1:2: the run goes on when a host is lost, and takes one in that comes.
+#   PROCESSES     on this host; default: its GPUs, else 2
+#   RUN_ID        the same on all hosts; default: HEAD-PORT
+#   INTERFACE     to talk to the other hosts, e.g. eth0 or ib0; default: the one that leads to HEAD
+#   MAX_RESTARTS  how often torchrun starts the processes again when one dies; default 3
+#   SETUP_TIMEOUT seconds to wait for HEAD; default 600
+set -euo pipefail
+
+usage() { sed -n '3,5s/^# *//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+[ $# -ge 3 ] || usage
+head=${1%:*} port=${1##*:} hosts=$2 node_rank=$3
+shift 3
+[[ $port =~ ^[0-9]+$ && $hosts =~ ^[0-9]+(:[0-9]+)?$ && $node_rank =~ ^[0-9]+$ ]] || usage
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+if [ -z "${PROCESSES:-}" ]; then
+  PROCESSES=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+  [ "$PROCESSES" -gt 0 ] || PROCESSES=2
+fi
+
+# Is the name known, the port free (on HEAD) or reachable (elsewhere)? And which way leads there?
+found=$(PYTHONPATH=$repository python -m mnist_dist.network "$head" "$port" "$node_rank")
+read -r interface address <<<"$found" || true
+interface=${INTERFACE:-$interface}
+if [ -n "${INTERFACE:-}" ]; then
+  address=$(ip -4 -o addr show dev "$INTERFACE" | sed -n 's/.*inet \([0-9.]*\).*/\1/p;q')
+  export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE}
+fi
+[ -z "$interface" ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
+
+# Torch 2.13 cannot take a host in while its agents share their store with the processes.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# HEAD may know itself by another name or address than the others do.
+if [ "$node_rank" = 0 ]; then endpoint=localhost:$port is_host=1; else endpoint=$head:$port is_host=0; fi
+
+exec torchrun --nnodes="$hosts" --nproc_per_node="$PROCESSES" \
+  --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="${RUN_ID:-$head-$port}" \
+  --rdzv-conf="is_host=$is_host,last_call_timeout=5" ${address:+--local-addr="$address"} \
+  --max-restarts="${MAX_RESTARTS:-3}" \
+  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
+  "$repository/train_ddp.py" "$@"
