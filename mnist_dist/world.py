@@ -315,8 +315,8 @@ def pick_device(launch: Launch, device: str) -> torch.device:
 def exit_with_error(launch: Launch, error: ReportedError) -> int:
     """Show the line once, from rank 0, and return its exit code on every rank.
 
-    Torchrun stops all ranks as soon as one ends: a rank that ends before rank 0 has spoken would
-    silence it. Within a process group, where every rank has the error, the others wait for word in
+    Torchrun and `srun -K` stop all ranks as soon as one ends: a rank that ends before rank 0 has
+    spoken would silence it. Within a process group, where every rank has the error, the others wait for word in
     its store; before there is one, each found the error by itself and waits to be stopped.
     """
     speaks = launch.rank == 0 or (isinstance(error, MeetingError) and launch.local_rank == 0)
@@ -326,9 +326,9 @@ def exit_with_error(launch: Launch, error: ReportedError) -> int:
         _wait_for_word(launch)
         # Left to the interpreter's end, gloo's threads abort the process now and then.
         dist.destroy_process_group()
-    elif not speaks and launch.launcher == "torchrun":
-        agent, deadline = os.getppid(), time.monotonic() + 20
-        while os.getppid() == agent and time.monotonic() < deadline:
+    elif not speaks and launch.launcher != "alone":
+        launcher, deadline = os.getppid(), time.monotonic() + 20
+        while os.getppid() == launcher and time.monotonic() < deadline:
             time.sleep(0.05)
     return error.exit_code
 
