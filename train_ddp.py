@@ -158,9 +158,11 @@ def begin(job: Job) -> None:
     """Compare the ranks' weights, say and write down what runs where with what."""
     config, world, state = job.config, job.world, job.state
     world.require_same({"the weights": state.weights_digest()}, "this is a bug, or bad memory")
-    world.on_main(lambda: job.record.begin(state, config.to_json(), world.facts()))
+    facts = world.facts()
+    world.on_main(lambda: job.record.begin(state, config.to_json(), facts))
     parameters = sum(p.numel() for p in state.model.parameters())
-    job.console.say(f"world  {world.description()}, torch {torch.__version__}")
+    hosts = f" on {len(facts['hosts'])} hosts" if len(facts["hosts"]) > 1 else ""
+    job.console.say(f"world  {world.description()}{hosts}, torch {torch.__version__}")
     job.console.say(f"data   {job.dataset.description}")
     job.console.say(f"model  784-128-256-10, {parameters:,} parameters")
     job.console.say(

@@ -9,6 +9,7 @@
 #   INTERFACE     to talk to the other hosts, e.g. eth0 or ib0; default: the one that leads to HEAD
 #   MAX_RESTARTS  how often torchrun starts the processes again when one dies; default 3
 #   SETUP_TIMEOUT seconds to wait for HEAD; default 600
+#   RDZV_CONF     more for torchrun's --rdzv-conf, e.g. keep_alive_interval=1
 set -euo pipefail
 
 usage() { sed -n '3,5s/^# *//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
@@ -40,7 +41,7 @@ if [ "$node_rank" = 0 ]; then endpoint=localhost:$port is_host=1; else endpoint=
 
 exec torchrun --nnodes="$hosts" --nproc_per_node="$PROCESSES" \
   --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="${RUN_ID:-$head-$port}" \
-  --rdzv-conf="is_host=$is_host,last_call_timeout=5" ${address:+--local-addr="$address"} \
+  --rdzv-conf="is_host=$is_host,last_call_timeout=5${RDZV_CONF:+,$RDZV_CONF}" ${address:+--local-addr="$address"} \
   --max-restarts="${MAX_RESTARTS:-3}" \
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
   "$repository/train_ddp.py" "$@"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -67,8 +68,9 @@ class World:
         return self.launch.rank == 0
 
     def facts(self) -> dict[str, Any]:
-        """What a record of the run should say about its processes."""
+        """What a record of the run should say about its processes; every rank must ask."""
         return {
+            "hosts": list(dict.fromkeys(self.gather(socket.gethostname()))),
             "launcher": self.launch.launcher,
             "world_size": self.world_size,
             "device": str(self.device),
@@ -316,8 +318,8 @@ def exit_with_error(launch: Launch, error: ReportedError) -> int:
     """Show the line once, from rank 0, and return its exit code on every rank.
 
     Torchrun and `srun -K` stop all ranks as soon as one ends: a rank that ends before rank 0 has
-    spoken would silence it. Within a process group, where every rank has the error, the others wait for word in
-    its store; before there is one, each found the error by itself and waits to be stopped.
+    spoken would silence it. Within a process group, where every rank has the error, the others wait
+    for word in its store; before there is one, each found it by itself and waits to be stopped.
     """
     speaks = launch.rank == 0 or (isinstance(error, MeetingError) and launch.local_rank == 0)
     if speaks:

@@ -22,7 +22,8 @@ def host(
     """One host's agent with two processes; all share the run directory, as on a cluster."""
     rendezvous = ["--nnodes=1:2", "--nproc_per_node=2", "--max-restarts=5", "--rdzv-backend=c10d"]
     rendezvous += [f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-id={run_id}"]
-    rendezvous += [f"--rdzv-conf=last_call_timeout=2,is_host={int(name == 'first')}"]
+    patience = "last_call_timeout=2,keep_alive_interval=1"
+    rendezvous += [f"--rdzv-conf={patience},is_host={int(name == 'first')}"]
     script = [str(ROOT / "train_ddp.py"), *FLAGS, f"--epochs={epochs}", "--run-dir=run"]
     with (directory / f"log-{name}").open("w") as log:
         return subprocess.Popen(

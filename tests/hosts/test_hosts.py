@@ -1,0 +1,204 @@
+"""launch/host.sh on several network hosts: joined, killed, cut off, and wrongly named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from private_hosts import Hosts, missing
+from processes import ROOT, completed_run, metrics
+
+DATA = ["--data=bundled", "--train-samples=2000", "--lr=0.001", "--global-batch-size=4"]
+SHORT = [*DATA, "--epochs=1"]
+LONG = [*DATA, "--epochs=4", "--checkpoint-every-steps=50"]
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
+    if reason := missing():
+        pytest.skip(reason)
+    made = Hosts(tmp_path, 3)
+    try:
+        yield made
+    finally:
+        made.remove()
+
+
+class HostJob:
+    """One run over several hosts, which share a disk."""
+
+    def __init__(self, hosts: Hosts, directory: Path, nodes: str, *flags: str) -> None:
+        self.hosts, self.directory, self.nodes = hosts, directory, nodes
+        self.flags = [*flags, "--run-dir=run"]
+        self.variables = {"PROCESSES": "2", "OMP_NUM_THREADS": "1", "RUN_ID": directory.name}
+        self.agents: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, host: str, head: str = "n1:29400", **variables: str) -> None:
+        """Type launch/host.sh's line on `host`."""
+        number = str(self.hosts.names.index(host))
+        words = [str(ROOT / "launch" / "host.sh"), head, self.nodes, number, *self.flags]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        settings = {**self.variables, "PATH": path, **variables}
+        self.agents[host] = self.hosts.start(
+            host, self.directory, self.directory / f"{host}.log", *words, **settings
+        )
+
+    def log(self, host: str) -> str:
+        return (self.directory / f"{host}.log").read_text()
+
+    def logs(self) -> str:
+        return "\n".join(f"== {host}\n{self.log(host)[-4000:]}" for host in self.agents)
+
+    def end(self, host: str, timeout: float = 120) -> int:
+        """Wait for its agent; the exit code."""
+        try:
+            return self.agents[host].wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(self.logs()) from error
+
+    def read(self, file: str) -> dict[str, Any]:
+        """An object of the run directory; empty if it is not there."""
+        path = self.directory / "run" / file
+        content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return content
+
+    def until_saved_by(self, world_size: int, timeout: float = 90) -> None:
+        """Wait until so many processes train and have saved a checkpoint."""
+        deadline = time.monotonic() + timeout
+        known = self.read("status.json").get("saved_step") or 0
+        while not (
+            self.read("environment.json").get("world_size") == world_size
+            and (self.read("status.json").get("saved_step") or 0) > known
+        ):
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.1)
+
+    def require_completed_as_if_alone(self) -> None:
+        """Every epoch once, each with the losses of one process that nobody disturbed."""
+        assert self.read("status.json")["status"] == "completed"
+        mine, expected = losses(self.directory / "run"), alone(*self.flags[:-1])
+        assert mine.keys() == expected.keys()
+        assert list(mine.values()) == pytest.approx(list(expected.values()), rel=1e-5)
+
+
+def losses(run: Path) -> dict[tuple[int, str], float]:
+    """All the losses of metrics.jsonl by epoch and name; an epoch told twice is an error."""
+    told = [
+        ((record["epoch"], name), record[name])
+        for record in metrics(run)
+        for name in ("train/loss", "val/loss", "test/loss")
+        if name in record
+    ]
+    assert len(dict(told)) == len(told)
+    return dict(told)
+
+
+@cache
+def alone(*flags: str) -> dict[tuple[int, str], float]:
+    return losses(completed_run(Path(tempfile.mkdtemp()), 1, *flags))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_hosts_train_together_with_the_losses_of_one_process(
+    count: int, hosts: Hosts, tmp_path: Path
+) -> None:
+    job = HostJob(hosts, tmp_path, str(count), *SHORT)
+    for host in hosts.names[:count]:
+        job.start(host, PROCESSES="2" if count == 2 else "1")
+    assert [job.end(host) for host in job.agents] == [0] * count, job.logs()
+    assert len(job.read("environment.json")["hosts"]) == count
+    job.require_completed_as_if_alone()
+
+
+def test_a_killed_process_is_replaced_on_both_hosts(hosts: Hosts, tmp_path: Path) -> None:
+    job = HostJob(hosts, tmp_path, "2", *LONG)
+    job.start("n1")
+    job.start("n2")
+    job.until_saved_by(4)
+    os.kill(hosts.processes("n2", "train_ddp.py")[-1], signal.SIGKILL)
+    assert [job.end("n1"), job.end("n2")] == [0, 0], job.logs()
+    assert "resume at step" in job.log("n1"), job.logs()
+    job.require_completed_as_if_alone()
+
+
+def test_a_lost_host_is_done_without_and_taken_in_again(hosts: Hosts, tmp_path: Path) -> None:
+    job = HostJob(hosts, tmp_path, "1:2", *DATA, "--epochs=20", "--checkpoint-every-steps=50")
+    quick = {"RDZV_CONF": "last_call_timeout=2,keep_alive_interval=1"}
+    job.start("n1", **quick)
+    job.start("n2", **quick)
+    job.until_saved_by(4)
+    hosts.kill("n2")
+    job.until_saved_by(2)
+    job.start("n2", **quick)
+    job.until_saved_by(4)
+    assert [job.end("n1"), job.end("n2")] == [0, 0], job.logs()
+    assert job.log("n1").count("resume at step") == 2, job.logs()
+    job.require_completed_as_if_alone()
+
+
+def test_both_sides_of_a_cut_link_end_with_a_message(hosts: Hosts, tmp_path: Path) -> None:
+    job = HostJob(hosts, tmp_path, "2", *LONG, "--step-timeout=10")
+    job.start("n1", MAX_RESTARTS="0")
+    job.start("n2", MAX_RESTARTS="0")
+    job.until_saved_by(4)
+    hosts.cut("n2")
+    ended = {host: job.end(host, timeout=60) for host in job.agents}
+    assert all(ended.values()), job.logs()
+    for host in job.agents:
+        assert "gave no sign" in job.log(host) or "the network between them" in job.log(host)
+        assert hosts.processes(host) == []
+
+
+def test_latency_and_loss_change_no_number(hosts: Hosts, tmp_path: Path) -> None:
+    if not hosts.disturb("n2", "delay", "2ms", "loss", "1%"):
+        pytest.skip("this kernel has no netem")
+    job = HostJob(hosts, tmp_path, "2", *SHORT)
+    job.start("n1")
+    job.start("n2")
+    assert [job.end("n1"), job.end("n2")] == [0, 0], job.logs()
+    job.require_completed_as_if_alone()
+
+
+@pytest.mark.parametrize(
+    ("head", "host", "said"),
+    [
+        ("nosuchhost:29400", "n2", "the meeting point nosuchhost:29400 is not known on n2"),
+        ("nosuchhost:29400", "n1", "the meeting point nosuchhost:29400 is not known on n1"),
+        ("nobody:29400", "n2", "nobody answers at the meeting point nobody:29400 (10.77.0.99:"),
+        ("n1:29401", "n2", "nobody answers at the meeting point n1:29401 (10.77.0.1:"),
+    ],
+)
+def test_a_meeting_point_that_is_none_is_named(
+    head: str, host: str, said: str, hosts: Hosts, tmp_path: Path
+) -> None:
+    job = HostJob(hosts, tmp_path, "2", *SHORT)
+    job.start(host, head, SETUP_TIMEOUT="5")
+    assert job.end(host, timeout=60) == 1
+    assert job.log(host).count("mnist-dist: error:") == 1, job.logs()
+    assert said in job.log(host)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_taken_is_named_on_the_host_that_should_offer_it(
+    hosts: Hosts, tmp_path: Path
+) -> None:
+    listen = (
+        "import socket; s = socket.create_server(('', 29400)); print('up', flush=True); s.accept()"
+    )
+    holder = hosts.start("n1", tmp_path, tmp_path / "holder", sys.executable, "-c", listen)
+    while (tmp_path / "holder").read_text() != "up\n":
+        assert holder.poll() is None
+        time.sleep(0.05)
+    job = HostJob(hosts, tmp_path, "2", *SHORT)
+    job.start("n1")
+    assert job.end("n1", timeout=60) == 1
+    expected = "the port of the meeting point n1:29400 cannot be used on n1"
+    assert f"mnist-dist: error: {expected}" in job.log("n1")
