@@ -6,6 +6,7 @@ the board those that are left find the cause, if its rank could still post one, 
 
 import contextlib
 import re
+import threading
 import time
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ _LOST_CONTACT = re.compile(
 _NOTES_S = 3.0
 # Longer than the watch of `leave_with_launcher` sleeps.
 _LAUNCHER_S = 0.6
+_NO_STORE = "the other ranks, and the host of their meeting point, cannot be reached from here"
 
 
 class LostContactError(Exception):
@@ -62,6 +64,14 @@ class Board:
 
     def find_cause(self) -> str:
         """Why this rank lost contact, in one line: another rank's own words, or who is missing."""
+        # A thread, because the store's client waits for an answer for ever: its host may be gone.
+        found: list[str] = []
+        search = threading.Thread(target=lambda: found.append(self._search()), daemon=True)
+        search.start()
+        search.join(_LAUNCHER_S + 2 * _NOTES_S)
+        return found[0] if found else _NO_STORE
+
+    def _search(self) -> str:
         # If it is the launcher that is gone, its store is too, and the watch ends us meanwhile.
         time.sleep(_LAUNCHER_S)
         self._note("lost", "")

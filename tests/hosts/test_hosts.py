@@ -146,15 +146,22 @@ def test_a_lost_host_is_done_without_and_taken_in_again(hosts: Hosts, tmp_path: 
 
 def test_both_sides_of_a_cut_link_end_with_a_message(hosts: Hosts, tmp_path: Path) -> None:
     job = HostJob(hosts, tmp_path, "2", *LONG, "--step-timeout=10")
-    job.start("n1", MAX_RESTARTS="0")
-    job.start("n2", MAX_RESTARTS="0")
+    for host in ("n1", "n2"):
+        job.start(host, MAX_RESTARTS="0")
     job.until_saved_by(4)
     hosts.cut("n2")
-    ended = {host: job.end(host, timeout=60) for host in job.agents}
-    assert all(ended.values()), job.logs()
-    for host in job.agents:
-        assert "gave no sign" in job.log(host) or "the network between them" in job.log(host)
-        assert hosts.processes(host) == []
+    assert job.end("n1") == 1, job.logs()
+    # Torchrun's agent on n2 waits for its store as long as TCP does, a quarter of an hour.
+    workers = set(hosts.processes("n2", "train_ddp.py")) - set(hosts.processes("n2", "torchrun"))
+    deadline = time.monotonic() + 30
+    while workers & set(hosts.processes("n2", "train_ddp.py")):
+        assert time.monotonic() < deadline, job.logs()
+        time.sleep(0.1)
+    for host, said in (
+        ("n1", "rank 0 ends: rank(s) 2, 3 gave no sign"),
+        ("n2", "rank 2 ends: the other ranks, and the host of their meeting point, cannot be"),
+    ):
+        assert said in job.log(host), job.logs()
 
 
 def test_latency_and_loss_change_no_number(hosts: Hosts, tmp_path: Path) -> None:
