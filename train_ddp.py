@@ -18,7 +18,6 @@ from mnist_dist.launcher import Launch, leave_with_launcher, read_launch  # isor
 
 import torch
 from torch.distributed.elastic.multiprocessing import errors as elastic_errors
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
 
 from mnist_dist.config import TrainConfig, parse_config
@@ -26,6 +25,7 @@ from mnist_dist.data import Dataset, load, locate
 from mnist_dist.engine import evaluate, train_epoch
 from mnist_dist.errors import JobError, Preempted, ReportedError, UserError
 from mnist_dist.failures import LostContactError
+from mnist_dist.gradients import average_over_ranks
 from mnist_dist.interruption import Agreement, StopRequest
 from mnist_dist.model import MLP
 from mnist_dist.record import Record
@@ -179,7 +179,10 @@ def begin(job: Job) -> None:
 def fit(job: Job) -> None:
     """Train and validate epoch by epoch, from where the state stands."""
     config, state, sharding, world = job.config, job.state, job.sharding, job.world
-    model = DistributedDataParallel(state.model) if world.world_size > 1 else state.model
+    share_memory = config.shared_memory == "auto"
+    model, way = average_over_ranks(state.model, world, share_memory, config.step_timeout)
+    if world.world_size > 1:
+        job.console.say(f"mean   of gradients by {way}")
     minutes = config.checkpoint_every_minutes
     stop = StopRequest()
     stop.listen()

@@ -10,10 +10,10 @@ import sys
 import time
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from mnist_dist.data import Split, load, locate
 from mnist_dist.engine import train_epoch
+from mnist_dist.gradients import average_over_ranks
 from mnist_dist.interruption import Agreement, StopRequest
 from mnist_dist.launcher import read_launch
 from mnist_dist.model import MLP
@@ -56,7 +56,7 @@ def measure(data: str, pairs: int | None) -> None:
         split = load(world.once_per_host(lambda: locate(data, None))).train
         bare = MLP()
         state = TrainState(bare, torch.optim.SGD(bare.parameters(), lr=0.001), None, {})
-        model = DistributedDataParallel(bare) if world.world_size > 1 else bare
+        model, _ = average_over_ranks(bare, world, share_memory=True, timeout=120)
         sharding = Sharding(len(split), 64, world.rank, world.world_size, seed=0)
         seconds: dict[bool, list[float]] = {True: [], False: []}
         count = pairs or _PAIRS.get(world.world_size, 10)

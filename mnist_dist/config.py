@@ -92,6 +92,10 @@ class TrainConfig:
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """How processes talk. auto: nccl on GPUs, gloo on CPUs."""
 
+    shared_memory: Literal["auto", "off"] = "auto"
+    """How CPU processes of one host add up their gradients. auto: in memory they share, where they
+    can. off: by the backend, as between hosts."""
+
     run_dir: str | None = None
     """Directory of this run. An unfinished run there is continued, a finished one is kept. None:
     runs/<timestamp>_<launch id>."""

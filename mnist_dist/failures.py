@@ -31,7 +31,7 @@ class LostContactError(Exception):
 
 def lost_contact(error: BaseException) -> bool:
     """Whether `error` only says that another process did not answer."""
-    if isinstance(error, DistError):
+    if isinstance(error, (DistError, ConnectionError)):
         return True
     return isinstance(error, RuntimeError) and bool(_LOST_CONTACT.search(str(error)))
 

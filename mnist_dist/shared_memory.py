@@ -1,0 +1,189 @@
+"""Sums between the processes of one host through memory they share, not through its network stack.
+
+The memory is a memfd and the ranks wait for each other on Unix sockets with abstract names. None of
+it has a name in a file system, so nothing is left behind however they end; a rank that dies closes
+its sockets, which wakes the others at once; and a system call on both sides of each wait orders the
+memory before it against the memory after it on every kind of CPU.
+"""
+
+import array
+import contextlib
+import mmap
+import os
+import socket
+import struct
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mnist_dist.world import World
+
+T = TypeVar("T")
+# Up to so many ranks each adds up everything by itself; more of them share the additions out and
+# wait for each other once more (measured: benchmarks.all_reduce).
+_EACH_ALONE = 4
+
+
+class HostSum:
+    """The sum of a tensor over all ranks, equal to the last bit on each, in the order of ranks."""
+
+    def __init__(self, world: World, size: int, timeout: float) -> None:
+        """Connect the ranks; every rank of `world` must take part.
+
+        Args:
+            world: at least two ranks on each host.
+            size: bytes of the largest tensor.
+            timeout: seconds that a rank may make the others wait.
+
+        Raises:
+            OSError: on every rank, if some could not share memory with the others of their host.
+        """
+        self.rank = world.launch.local_rank
+        self.ranks = world.launch.local_world_size
+        self.world_size = world.world_size
+        self._calls = 0
+        self._peers: list[socket.socket] = []
+        self._size = -(-size // 64) * 64
+        self._leaders = None
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            token = world.once_per_host(lambda: uuid.uuid4().hex)
+            listener = _together(world, lambda: _listen(token, self.rank, self.ranks))
+            undo.callback(listener.close)
+            self._peers = _together(world, lambda: _connect(listener, token, self.rank, self.ranks))
+            for peer in self._peers:
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _interval(timeout))
+            memory = _together(world, self._share_memory)
+            self._slots = torch.frombuffer(memory, dtype=torch.uint8).view(2, self.ranks + 1, -1)
+            listener.close()
+            if self.ranks < world.world_size:
+                firsts = world.gather(world.launch.local_rank == 0)
+                self._leaders = dist.new_group(
+                    [r for r, first in enumerate(firsts) if first], timedelta(seconds=timeout)
+                )
+            undo.pop_all()
+
+    def _share_memory(self) -> mmap.mmap:
+        """Local rank 0 makes the memory and hands it to the others."""
+        length = 2 * (self.ranks + 1) * self._size
+        if self.rank == 0:
+            file = os.memfd_create("mnist-dist-sum", os.MFD_CLOEXEC)
+            os.ftruncate(file, length)
+            for peer in self._peers:
+                socket.send_fds(peer, [b"m"], [file])
+        else:
+            _, files, _, _ = socket.recv_fds(self._peers[0], 1, 1)
+            if not files:
+                raise OSError("local rank 0 gave no memory")
+            file = files[0]
+        try:
+            return mmap.mmap(file, length)
+        finally:
+            os.close(file)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum contiguous `values` over all ranks, in place; returns it.
+
+        Raises:
+            ConnectionError: a rank of this host is gone, or made the others wait for too long.
+        """
+        # Two halves take turns: who is still reading one is waited for before it is written again.
+        self._calls += 1
+        half = self._slots[self._calls % 2, :, : values.nbytes].view(values.dtype)
+        shaped = half.view(self.ranks + 1, *values.shape)
+        parts, result = shaped[:-1], shaped[-1]
+        parts[self.rank].copy_(values)
+        self._wait_for_all()
+        if self._leaders is None and self.ranks <= _EACH_ALONE:
+            return _add_up(list(parts), values)
+        share = slice(*(values.numel() * n // self.ranks for n in (self.rank, self.rank + 1)))
+        _add_up([part.view(-1)[share] for part in parts], result.view(-1)[share])
+        self._wait_for_all()
+        if self._leaders is not None:
+            if self.rank == 0:
+                dist.all_reduce(result, group=self._leaders)
+            self._wait_for_all()
+        return values.copy_(result)
+
+    def _wait_for_all(self) -> None:
+        try:
+            for peer in self._peers:
+                peer.send(b"x")
+            for peer in self._peers:
+                if not peer.recv(1):
+                    raise ConnectionResetError
+        except BlockingIOError as error:
+            raise ConnectionError("Timed out waiting for a rank of this host") from error
+        except ConnectionError as error:
+            raise ConnectionError("Connection closed by a rank of this host") from error
+
+    def close(self) -> None:
+        """Let go of the other ranks."""
+        for peer in self._peers:
+            peer.close()
+        self._peers = []
+
+
+def _add_up(parts: list[Tensor], out: Tensor) -> Tensor:
+    torch.add(parts[0], parts[1], out=out)
+    for part in parts[2:]:
+        out.add_(part)
+    return out
+
+
+def _together(world: World, action: Callable[[], T]) -> T:
+    """Run `action` on every rank; if one fails, all do."""
+    try:
+        value, failure = action(), None
+    except OSError as error:
+        failure = str(error)
+    failures = [text for text in world.gather(failure) if text is not None]
+    if failures:
+        raise OSError(failures[0])
+    return value
+
+
+def _listen(token: str, rank: int, ranks: int) -> socket.socket:
+    """Offer this rank to those above it."""
+    if not hasattr(os, "memfd_create"):
+        raise OSError("this system has no memfd")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"\0mnist-dist-{token}-{rank}")
+    listener.listen(ranks)
+    listener.settimeout(10)
+    return listener
+
+
+def _connect(listener: socket.socket, token: str, rank: int, ranks: int) -> list[socket.socket]:
+    """A socket to each other rank of this host, in the order of ranks."""
+    peers: dict[int, socket.socket] = {}
+    for below in range(rank):
+        peer = socket.socket(socket.AF_UNIX)
+        peer.connect(f"\0mnist-dist-{token}-{below}")
+        peer.send(array.array("i", [rank]).tobytes())
+        peers[below] = peer
+    while len(peers) < ranks - 1:
+        peer, _ = listener.accept()
+        peer.setblocking(True)
+        if _owner(peer) != os.getuid():  # abstract names are open to everybody on the host
+            peer.close()
+            continue
+        peers[array.array("i", peer.recv(4, socket.MSG_WAITALL))[0]] = peer
+    return [peers[other] for other in sorted(peers)]
+
+
+def _interval(seconds: float) -> bytes:
+    """A struct timeval."""
+    whole, rest = divmod(seconds, 1)
+    return struct.pack("ll", int(whole), int(rest * 1e6))
+
+
+def _owner(peer: socket.socket) -> int:
+    """User id of the process at the other end."""
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
