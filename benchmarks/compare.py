@@ -1,0 +1,113 @@
+"""Seconds an epoch takes, ours and the peers', on the same work, interleaved in one run.
+
+python -m benchmarks.compare --data ../shared/data/mnist.pkl.gz --world-sizes 1 2 4 --rounds 3
+
+An epoch is training and validation; ours is the whole job, with its records and checkpoints. Every
+contender runs as a job of its own, one after another, as often as there are rounds; the first epoch
+of each job warms up and does not count. `pip install -e '.[compare]'` installs the peers.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.jobs import train
+from benchmarks.peers import PEERS, Work
+
+OURS = "mnist-dist"
+_INSIDE = "--inside"
+
+
+def epochs_of_ours(work: Work, processes: int) -> list[float]:
+    """Seconds of each epoch of the real job but the first, from its own record."""
+    with tempfile.TemporaryDirectory() as directory:
+        flags = [f"--epochs={work.epochs}", f"--global-batch-size={work.global_batch_size}"]
+        records = train(Path(directory) / "run", processes, f"--data={work.data}", *flags)
+    ends = [record["time"] for record in records if "val/loss" in record]
+    return [after - before for before, after in itertools.pairwise(ends)]
+
+
+def epochs_of_peer(name: str, work: Work, processes: int) -> list[float]:
+    """The same of a peer, in a job of its own."""
+    words = ["-m", "benchmarks.compare", _INSIDE, name, "--data", work.data]
+    words += ["--epochs", str(work.epochs), "--batch", str(work.global_batch_size)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    with tempfile.NamedTemporaryFile("r") as result:
+        subprocess.run(
+            [sys.executable, *(launcher if processes > 1 else []), *words],
+            env={**os.environ, "BENCHMARK_RESULT": result.name},
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        seconds: list[float] = json.load(result)
+    return seconds[1:]
+
+
+def run_inside(name: str, work: Work) -> None:
+    """Be one process of a peer's job."""
+    seconds = list(PEERS[name](work))
+    if os.environ.get("RANK", "0") == "0":
+        Path(os.environ["BENCHMARK_RESULT"]).write_text(json.dumps(seconds))
+
+
+def measure(work: Work, processes: int, rounds: int, names: list[str]) -> dict[str, list[float]]:
+    """Seconds of all epochs of each contender; the contenders take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in (OURS, *names)}
+    for _ in range(rounds):
+        seconds[OURS] += epochs_of_ours(work, processes)
+        for name in names:
+            seconds[name] += epochs_of_peer(name, work, processes)
+    return seconds
+
+
+def table(processes: int, seconds: dict[str, list[float]]) -> list[str]:
+    """Lines of the table: medians, spread, and how many times faster ours is."""
+    ours = statistics.median(seconds[OURS])
+    lines = []
+    for name, values in seconds.items():
+        middle = statistics.median(values)
+        spread = f"{min(values):.2f} to {max(values):.2f}"
+        lines.append(f"| {processes} | {name} | {middle:.2f} | {spread} | {middle / ours:.2f} |")
+    return lines
+
+
+def main() -> None:
+    """Print one table for all world sizes, or with --json one object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--data", default="auto", help="as of train_ddp.py")
+    parser.add_argument("--batch", type=int, default=64, help="global batch size")
+    parser.add_argument("--epochs", type=int, default=3, help="of one job; the first warms up")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--json", action="store_true", help="every epoch's seconds, as one object")
+    parser.add_argument(_INSIDE, choices=PEERS, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    work = Work(chosen.data, chosen.epochs, chosen.batch)
+    if chosen.inside:
+        return run_inside(chosen.inside, work)
+    if not chosen.json:
+        print(
+            "| processes | | s an epoch | from to | times ours |\n|---|---|---|---|---|", flush=True
+        )
+    everything = {}
+    for processes in chosen.world_sizes:
+        # The original knows one process only.
+        names = [n for n in chosen.peers if processes == 1 or n != "original script"]
+        everything[processes] = measure(work, processes, chosen.rounds, names)
+        if not chosen.json:
+            print("\n".join(table(processes, everything[processes])), flush=True)
+    if chosen.json:
+        print(json.dumps(everything))
+    return None
+
+
+if __name__ == "__main__":
+    main()
