@@ -1,5 +1,6 @@
 """The arithmetic of training and evaluation: no files, no flags, no environment."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -65,21 +66,60 @@ def train_epoch(
 
 
 @dataclass(frozen=True)
+class Mistake:
+    """A sample that the model takes for another digit."""
+
+    index: int
+    """Its place in the split."""
+    label: int
+    """The digit it is."""
+    predicted: int
+    """The digit it was taken for."""
+    probability: float
+    """What the model gave to that digit, 0 to 1."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Exact figures of a model on a whole split."""
 
     loss: float
     """Mean cross entropy over all samples."""
-    accuracy: float
-    """Correct share of all samples, 0 to 1."""
-    count: int
-    """Samples evaluated: the split's size."""
-    accuracy_by_class: tuple[float, ...]
-    """Correct share of each digit's samples; nan for a digit that does not occur."""
+    confusion: tuple[tuple[int, ...], ...]
+    """Samples by digit (row) and by what the model took it for (column): the diagonal is right."""
+    mistakes: tuple[Mistake, ...] = ()
+    """The surest of the wrong answers, the surest first: as many as were asked for."""
+
+    @property
+    def count(self) -> int:
+        """Samples evaluated: the split's size."""
+        return sum(map(sum, self.confusion))
+
+    @property
+    def accuracy(self) -> float:
+        """Correct share of all samples, 0 to 1."""
+        return sum(row[digit] for digit, row in enumerate(self.confusion)) / self.count
+
+    @property
+    def accuracy_by_class(self) -> tuple[float, ...]:
+        """Correct share of each digit's samples; nan for a digit that does not occur."""
+        rows = enumerate(self.confusion)
+        return tuple(row[digit] / sum(row) if any(row) else math.nan for digit, row in rows)
+
+    @property
+    def confusions(self) -> list[tuple[int, int, int]]:
+        """(samples, digit, taken for) of each pair that was confused, the most frequent first."""
+        pairs = [
+            (count, digit, taken)
+            for digit, row in enumerate(self.confusion)
+            for taken, count in enumerate(row)
+            if count and taken != digit
+        ]
+        return sorted(pairs, key=lambda pair: (-pair[0], *pair[1:]))
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, split: Split, world: World) -> Evaluation:
+def evaluate(model: nn.Module, split: Split, world: World, mistakes: int = 0) -> Evaluation:
     """Evaluate every sample of `split` once, shared out over all ranks.
 
     Sums are taken in float64 and divided once, after the all-reduce, so the result does not depend
@@ -90,6 +130,7 @@ def evaluate(model: nn.Module, split: Split, world: World) -> Evaluation:
             collectives of its own.
         split: the whole split, on the model's device.
         world: the ranks that share the work.
+        mistakes: how many of the surest wrong answers to name; equal on all ranks.
 
     Raises:
         RuntimeError: the ranks did not evaluate each sample exactly once.
@@ -97,8 +138,8 @@ def evaluate(model: nn.Module, split: Split, world: World) -> Evaluation:
     model.eval()
     device = split.images.device
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    correct = torch.zeros(_CLASSES, dtype=torch.float64, device=device)
-    total = torch.zeros(_CLASSES, dtype=torch.float64, device=device)
+    confusion = torch.zeros(_CLASSES**2, dtype=torch.float64, device=device)
+    wrong: list[Tensor] = []
     for part in evaluation_indices(len(split), world.rank, world.world_size).split(
         _EVALUATION_BATCH
     ):
@@ -106,15 +147,43 @@ def evaluate(model: nn.Module, split: Split, world: World) -> Evaluation:
         labels = split.labels[part]
         logits = model(pixels(split.images[part]))
         loss_sum += F.cross_entropy(logits, labels, reduction="none").double().sum()
-        correct += torch.bincount(labels[logits.argmax(1) == labels], minlength=_CLASSES)
-        total += torch.bincount(labels, minlength=_CLASSES)
-    sums = world.sum(torch.cat([loss_sum.reshape(1), correct, total])).cpu()
-    right, count = sums[1 : 1 + _CLASSES], int(sums[1 + _CLASSES :].sum())
+        predicted = logits.argmax(1)
+        confusion += torch.bincount(labels * _CLASSES + predicted, minlength=_CLASSES**2)
+        if mistakes:
+            wrong.append(_surest_mistakes(part, labels, predicted, logits, mistakes))
+    sums = world.sum(torch.cat([loss_sum.reshape(1), confusion])).cpu()
+    count = int(sums[1:].sum())
     if count != len(split):
         raise RuntimeError(f"evaluated {count} samples of a split of {len(split)}")
+    table = sums[1:].long().view(_CLASSES, _CLASSES).tolist()
     return Evaluation(
         loss=sums[0].item() / count,
-        accuracy=right.sum().item() / count,
-        count=count,
-        accuracy_by_class=tuple((right / sums[1 + _CLASSES :]).tolist()),
+        confusion=tuple(map(tuple, table)),
+        mistakes=_surest_of_all(wrong, world, mistakes) if mistakes else (),
     )
+
+
+def _surest_mistakes(
+    part: Tensor, labels: Tensor, predicted: Tensor, logits: Tensor, most: int
+) -> Tensor:
+    """(most or fewer, 4) float64: index, label, prediction and its probability."""
+    wrong = (predicted != labels).nonzero().flatten()
+    probability, order = logits[wrong].softmax(1).amax(1).sort(descending=True)
+    chosen = wrong[order[:most]]
+    columns = [part[chosen], labels[chosen], predicted[chosen], probability[:most]]
+    return torch.stack([column.double() for column in columns], 1)
+
+
+def _surest_of_all(wrong: list[Tensor], world: World, most: int) -> tuple[Mistake, ...]:
+    """The surest of the ranks' mistakes; each rank gives `most`, filled up with index -1."""
+    rows = [row for part in wrong for row in part.tolist()]
+    rows = sorted(rows, key=lambda row: -row[3])[:most]
+    rows += [[-1.0, 0.0, 0.0, 0.0]] * (most - len(rows))
+    gathered = world.gather_numbers([number for row in rows for number in row])
+    found = [
+        Mistake(int(numbers[n]), int(numbers[n + 1]), int(numbers[n + 2]), numbers[n + 3])
+        for numbers in gathered
+        for n in range(0, len(numbers), 4)
+        if numbers[n] >= 0
+    ]
+    return tuple(sorted(found, key=lambda m: (-m.probability, m.index))[:most])
