@@ -25,13 +25,14 @@ from mnist_dist.data import Dataset, load, locate
 from mnist_dist.engine import evaluate, train_epoch
 from mnist_dist.errors import JobError, Preempted, ReportedError, UserError
 from mnist_dist.failures import LostContactError
-from mnist_dist.gradients import average_over_ranks
 from mnist_dist.interruption import Agreement, StopRequest
 from mnist_dist.model import MLP
+from mnist_dist.optimizer import FlatSGD
 from mnist_dist.record import Record
 from mnist_dist.run_directory import code_digest, find_run_directory
 from mnist_dist.sharding import Sharding
 from mnist_dist.state import TrainState
+from mnist_dist.steps import build_step
 from mnist_dist.tracking import Console
 from mnist_dist.world import World, exit_with_error, join, leave
 
@@ -105,9 +106,7 @@ def build_state(
     """Model, optimizer and schedule at step 0."""
     torch.manual_seed(config.seed)
     model = MLP().to(device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
-    )
+    optimizer = FlatSGD(model, config.lr, config.momentum, config.weight_decay)
     scheduler = None
     if config.schedule == "onecycle":
         steps = config.epochs * sharding.steps_per_epoch
@@ -179,10 +178,15 @@ def begin(job: Job) -> None:
 def fit(job: Job) -> None:
     """Train and validate epoch by epoch, from where the state stands."""
     config, state, sharding, world = job.config, job.state, job.sharding, job.world
-    share_memory = config.shared_memory == "auto"
-    model, way = average_over_ranks(state.model, world, share_memory, config.step_timeout)
-    if world.world_size > 1:
-        job.console.say(f"mean   of gradients by {way}")
+    step = build_step(
+        state.model,
+        state.optimizer,
+        world,
+        autograd=config.backward == "autograd",
+        share_memory=config.shared_memory == "auto",
+        timeout=config.step_timeout,
+    )
+    job.console.say(f"step   {step.way}")
     minutes = config.checkpoint_every_minutes
     stop = StopRequest()
     stop.listen()
@@ -190,9 +194,7 @@ def fit(job: Job) -> None:
     while state.epoch < config.epochs:
         name = f"epoch {state.epoch + 1:{len(str(config.epochs))}}/{config.epochs}"
         started, first = time.perf_counter(), state.batch
-        steps = train_epoch(
-            model, state.optimizer, state.scheduler, job.dataset.train, sharding, state.epoch, first
-        )
+        steps = train_epoch(step, state.scheduler, job.dataset.train, sharding, state.epoch, first)
         for loss_sum in job.console.progress(steps, sharding.steps_per_epoch, first, name):
             state.count_step(loss_sum)
             save_now = state.step % (config.checkpoint_every_steps or sys.maxsize) == 0

@@ -9,16 +9,15 @@ import subprocess
 import sys
 import time
 
-import torch
-
 from mnist_dist.data import Split, load, locate
 from mnist_dist.engine import train_epoch
-from mnist_dist.gradients import average_over_ranks
 from mnist_dist.interruption import Agreement, StopRequest
 from mnist_dist.launcher import read_launch
 from mnist_dist.model import MLP
+from mnist_dist.optimizer import FlatSGD
 from mnist_dist.sharding import Sharding
 from mnist_dist.state import TrainState
+from mnist_dist.steps import Step, build_step
 from mnist_dist.world import World, join
 
 _INSIDE = "--inside"
@@ -28,7 +27,7 @@ _PAIRS = {1: 100, 2: 40, 4: 24}
 def epoch_seconds(
     world: World,
     state: TrainState,
-    model: torch.nn.Module,
+    step: Step,
     split: Split,
     sharding: Sharding,
     checked: bool,
@@ -37,7 +36,7 @@ def epoch_seconds(
     agreement = Agreement(world, StopRequest(), None)
     world.barrier()
     started = time.perf_counter()
-    for loss_sum in train_epoch(model, state.optimizer, None, split, sharding, epoch=0):
+    for loss_sum in train_epoch(step, None, split, sharding, epoch=0):
         state.count_step(loss_sum)
         if checked and agreement.due():
             agreement.compare(state.settle())
@@ -55,15 +54,16 @@ def measure(data: str, pairs: int | None) -> None:
     with join(read_launch(), "cpu", "auto") as world:
         split = load(world.once_per_host(lambda: locate(data, None))).train
         bare = MLP()
-        state = TrainState(bare, torch.optim.SGD(bare.parameters(), lr=0.001), None, {})
-        model, _ = average_over_ranks(bare, world, share_memory=True, timeout=120)
+        optimizer = FlatSGD(bare, 0.001, 0, 0)
+        state = TrainState(bare, optimizer, None, {})
+        step = build_step(bare, optimizer, world, False, share_memory=True, timeout=120)
         sharding = Sharding(len(split), 64, world.rank, world.world_size, seed=0)
         seconds: dict[bool, list[float]] = {True: [], False: []}
         count = pairs or _PAIRS.get(world.world_size, 10)
         for number in range(count + 1):
             # Which comes first alternates, so that a drift of the machine's speed cancels.
             for checked in (number % 2 == 0, number % 2 != 0):
-                taken = epoch_seconds(world, state, model, split, sharding, checked)
+                taken = epoch_seconds(world, state, step, split, sharding, checked)
                 if number:  # the first pair warms up
                     seconds[checked].append(taken)
         if world.is_main:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_dist.data import Split
 from mnist_dist.sharding import Sharding, evaluation_indices
+from mnist_dist.steps import Step
 from mnist_dist.world import World
 
 _EVALUATION_BATCH = 1024
@@ -20,12 +20,11 @@ _CLASSES = 10
 
 def pixels(images: Tensor) -> Tensor:
     """(N, 784) uint8 to float32 byte/256: bitwise the values of the original mnist.pkl.gz."""
-    return images.to(torch.float32) / 256
+    return images.to(torch.float32).div_(256)
 
 
 def train_epoch(
-    model: nn.Module,
-    optimizer: Optimizer,
+    step: Step,
     scheduler: LRScheduler | None,
     split: Split,
     sharding: Sharding,
@@ -34,14 +33,8 @@ def train_epoch(
 ) -> Iterator[Tensor]:
     """Take the optimizer steps of epoch `epoch` from global batch `first_batch` on.
 
-    The local loss is sum(cross entropy) * W / n with n the samples in the global batch, so that
-    DistributedDataParallel's mean over the W ranks is exactly the mean over the global batch,
-    however unequal the ranks' parts are. A rank with an empty part still takes the step: its zero
-    gradients are part of the all-reduce.
-
     Args:
-        model: wrapped in DistributedDataParallel when there is more than one process.
-        optimizer: steps once per global batch.
+        step: takes one, given this rank's part of the global batch.
         scheduler: stepped after each optimizer step, or None for a constant learning rate.
         split: training samples, on the model's device.
         sharding: this rank's part of each global batch.
@@ -51,18 +44,16 @@ def train_epoch(
     Yields:
         After each step, this rank's sum of cross entropies over its part: () float32, detached.
     """
-    model.train()
     indices = sharding.epoch_indices(epoch).to(split.images.device)
     for batch in range(first_batch, sharding.steps_per_epoch):
+        # index_select takes a fifth of the time of images[part].
         part = indices[sharding.local_slice(batch)]
-        logits = model(pixels(split.images[part]))
-        loss_sum = F.cross_entropy(logits, split.labels[part], reduction="sum")
-        optimizer.zero_grad()
-        (loss_sum * (sharding.world_size / sharding.batch_samples(batch))).backward()
-        optimizer.step()
+        images = split.images.index_select(0, part)
+        labels = split.labels.index_select(0, part)
+        loss_sum = step(pixels(images), labels, sharding.batch_samples(batch))
         if scheduler is not None:
             scheduler.step()
-        yield loss_sum.detach()
+        yield loss_sum
 
 
 @dataclass(frozen=True)
@@ -135,6 +126,7 @@ def evaluate(model: nn.Module, split: Split, world: World, mistakes: int = 0) ->
     Raises:
         RuntimeError: the ranks did not evaluate each sample exactly once.
     """
+    was_training = model.training
     model.eval()
     device = split.images.device
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -144,13 +136,14 @@ def evaluate(model: nn.Module, split: Split, world: World, mistakes: int = 0) ->
         _EVALUATION_BATCH
     ):
         part = part.to(device)
-        labels = split.labels[part]
-        logits = model(pixels(split.images[part]))
+        labels = split.labels.index_select(0, part)
+        logits = model(pixels(split.images.index_select(0, part)))
         loss_sum += F.cross_entropy(logits, labels, reduction="none").double().sum()
         predicted = logits.argmax(1)
         confusion += torch.bincount(labels * _CLASSES + predicted, minlength=_CLASSES**2)
         if mistakes:
             wrong.append(_surest_mistakes(part, labels, predicted, logits, mistakes))
+    model.train(was_training)
     sums = world.sum(torch.cat([loss_sum.reshape(1), confusion])).cpu()
     count = int(sums[1:].sum())
     if count != len(split):

@@ -1,4 +1,6 @@
-"""How the ranks average their gradients: DistributedDataParallel and its communication hooks."""
+"""How the ranks add up their gradients: in shared memory, by the backend, or not at all."""
+
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -9,6 +11,47 @@ from mnist_dist.shared_memory import HostSum
 from mnist_dist.world import World
 
 
+class GradientSum(Protocol):
+    """Adds up one vector of gradients over all ranks."""
+
+    slots: list[Tensor]
+    """One or two float32 vectors; a rank fills slots[turn] before each sum."""
+    turn: int
+
+    def add_up(self) -> Tensor:
+        """The sum over all ranks of slots[turn]: to be read only, and only until the next call."""
+
+
+class BackendSum:
+    """Sums by the process group's backend; of one process, nothing but its own vector."""
+
+    turn = 0
+
+    def __init__(self, world: World, size: int) -> None:
+        """Add up vectors of `size` elements over the ranks of `world`."""
+        self._world = world
+        self.slots = [torch.empty(size, device=world.device)]
+
+    def add_up(self) -> Tensor:
+        """See `GradientSum`."""
+        return self._world.sum(self.slots[0])
+
+
+def sum_over_ranks(
+    world: World, size: int, share_memory: bool, timeout: float
+) -> tuple[GradientSum, str]:
+    """The quickest way to add up vectors of `size` float32, and what it is, for a person.
+
+    Args:
+        world: the ranks, all of which must take part.
+        size: elements of the vectors.
+        share_memory: CPU ranks of one host add up in memory they share, where they can.
+        timeout: seconds that a rank may make the others wait.
+    """
+    host_sum, way = _share_memory(world, size, share_memory, timeout)
+    return host_sum or BackendSum(world, size), way
+
+
 def average_over_ranks(
     model: nn.Module, world: World, share_memory: bool, timeout: float
 ) -> tuple[nn.Module, str]:
@@ -17,33 +60,44 @@ def average_over_ranks(
     Args:
         model: on the world's device, with equal weights on all ranks.
         world: with one process there is nothing to average and `model` is returned as it is.
-        share_memory: CPU ranks of one host add up in memory they share, where they can.
+        share_memory: as for `sum_over_ranks`.
         timeout: seconds that a rank may make the others wait.
-
-    Returns:
-        The model to train, and the way in a few words, for a person.
     """
     if world.world_size == 1:
-        return model, "nothing to average"
+        return model, "alone"
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if not share_memory or world.device.type != "cpu":
-        return parallel, world.backend
+    parameters = list(model.parameters())
+    share_memory = share_memory and all(p.dtype == torch.float32 for p in parameters)
+    size = sum(parameter.numel() for parameter in parameters)
+    host_sum, way = _share_memory(world, size, share_memory, timeout)
+    if host_sum is not None:
+        parallel.register_comm_hook((host_sum, world.world_size), _average)
+    return parallel, way
+
+
+def _share_memory(
+    world: World, size: int, wanted: bool, timeout: float
+) -> tuple[HostSum | None, str]:
+    """Sums in shared memory where they are wanted and can be had; and what is done, in words."""
+    if world.world_size == 1:
+        return None, "alone"
+    if not wanted or world.device.type != "cpu":
+        return None, world.backend
     if min(world.gather(world.launch.local_world_size)) == 1:
-        return parallel, f"{world.backend}: a host has one process only"
-    size = sum(parameter.nbytes for parameter in model.parameters())
+        return None, f"{world.backend}: a host has one process only"
     try:
         host_sum = HostSum(world, size, timeout)
     except OSError as error:
-        return parallel, f"{world.backend}: processes of a host share no memory ({error})"
-    parallel.register_comm_hook(host_sum, _average)
-    beyond = (
-        "" if world.launch.local_world_size == world.world_size else f", {world.backend} beyond"
-    )
-    return parallel, f"shared memory{beyond}"
+        return None, f"{world.backend}: processes of a host share no memory ({error})"
+    one_host = world.launch.local_world_size == world.world_size
+    return host_sum, "shared memory" if one_host else f"shared memory, {world.backend} beyond"
 
 
-def _average(host_sum: HostSum, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """The mean over all ranks of one bucket of gradients."""
+def _average(state: tuple[HostSum, int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The mean over all ranks of one bucket of gradients, as a communication hook of DDP."""
+    host_sum, world_size = state
+    values = bucket.buffer()
+    host_sum.slots[host_sum.turn][: values.numel()].copy_(values)
     future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(host_sum.sum(bucket.buffer()).div_(host_sum.world_size))
+    future.set_result(values.copy_(host_sum.add_up(values.numel())).div_(world_size))
     return future

@@ -25,53 +25,64 @@ from mnist_dist.world import World
 
 T = TypeVar("T")
 # Up to so many ranks each adds up everything by itself; more of them share the additions out and
-# wait for each other once more (measured: benchmarks.all_reduce).
-_EACH_ALONE = 4
+# wait for each other once more.
+_EACH_ALONE = 2
 
 
 class HostSum:
-    """The sum of a tensor over all ranks, equal to the last bit on each, in the order of ranks."""
+    """Sums of a vector over all ranks, equal to the last bit on each, in the order of ranks.
+
+    Each rank has a slot in the shared memory for what it adds, and there is one for the sum. There
+    are two of each, which take turns: what some still read of one sum, others do not overwrite with
+    the next.
+    """
 
     def __init__(self, world: World, size: int, timeout: float) -> None:
         """Connect the ranks; every rank of `world` must take part.
 
         Args:
             world: at least two ranks on each host.
-            size: bytes of the largest tensor.
+            size: elements of the longest vector to add up.
             timeout: seconds that a rank may make the others wait.
 
         Raises:
             OSError: on every rank, if some could not share memory with the others of their host.
         """
-        self.rank = world.launch.local_rank
-        self.ranks = world.launch.local_world_size
-        self.world_size = world.world_size
-        self._calls = 0
+        self.turn = 0
+        """Which of `slots` the next sum reads."""
+        self._rank = world.launch.local_rank
+        self._ranks = world.launch.local_world_size
         self._peers: list[socket.socket] = []
-        self._size = -(-size // 64) * 64
         self._leaders = None
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             token = world.once_per_host(lambda: uuid.uuid4().hex)
-            listener = _together(world, lambda: _listen(token, self.rank, self.ranks))
+            listener = _together(world, lambda: _listen(token, self._rank, self._ranks))
             undo.callback(listener.close)
-            self._peers = _together(world, lambda: _connect(listener, token, self.rank, self.ranks))
+            self._peers = _together(
+                world, lambda: _connect(listener, token, self._rank, self._ranks)
+            )
             for peer in self._peers:
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _interval(timeout))
-            memory = _together(world, self._share_memory)
-            self._slots = torch.frombuffer(memory, dtype=torch.uint8).view(2, self.ranks + 1, -1)
+            rows = 2 * (self._ranks + 1)
+            padded = -(-size // 16) * 16  # no two ranks write to one cache line
+            memory = _together(world, lambda: self._share_memory(rows * padded * 4))
+            everything = torch.frombuffer(memory, dtype=torch.float32).view(2, rows // 2, padded)
+            self._halves = everything[:, :, :size]
             listener.close()
-            if self.ranks < world.world_size:
+            if self._ranks < world.world_size:
                 firsts = world.gather(world.launch.local_rank == 0)
                 self._leaders = dist.new_group(
                     [r for r, first in enumerate(firsts) if first], timedelta(seconds=timeout)
                 )
             undo.pop_all()
+        self.slots = [half[self._rank] for half in self._halves]
+        """Two vectors of `size` float32; this rank fills slots[turn] before a sum."""
+        self._private = torch.empty(size)
 
-    def _share_memory(self) -> mmap.mmap:
+    def _share_memory(self, length: int) -> mmap.mmap:
         """Local rank 0 makes the memory and hands it to the others."""
-        length = 2 * (self.ranks + 1) * self._size
-        if self.rank == 0:
+        if self._rank == 0:
             file = os.memfd_create("mnist-dist-sum", os.MFD_CLOEXEC)
             os.ftruncate(file, length)
             for peer in self._peers:
@@ -86,29 +97,29 @@ class HostSum:
         finally:
             os.close(file)
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum contiguous `values` over all ranks, in place; returns it.
+    def add_up(self, count: int | None = None) -> Tensor:
+        """The sum of all ranks' slots[turn], or of their first `count` elements; turns them over.
+
+        Returns:
+            A vector to be read only, and only until the next call.
 
         Raises:
             ConnectionError: a rank of this host is gone, or made the others wait for too long.
         """
-        # Two halves take turns: who is still reading one is waited for before it is written again.
-        self._calls += 1
-        half = self._slots[self._calls % 2, :, : values.nbytes].view(values.dtype)
-        shaped = half.view(self.ranks + 1, *values.shape)
-        parts, result = shaped[:-1], shaped[-1]
-        parts[self.rank].copy_(values)
+        half = self._halves[self.turn, :, :count]
+        self.turn = 1 - self.turn
+        *parts, result = half.unbind()
         self._wait_for_all()
-        if self._leaders is None and self.ranks <= _EACH_ALONE:
-            return _add_up(list(parts), values)
-        share = slice(*(values.numel() * n // self.ranks for n in (self.rank, self.rank + 1)))
-        _add_up([part.view(-1)[share] for part in parts], result.view(-1)[share])
+        if self._leaders is None and self._ranks <= _EACH_ALONE:
+            return _add_up(parts, self._private[:count])
+        first, last = (len(result) * n // self._ranks for n in (self._rank, self._rank + 1))
+        _add_up([part[first:last] for part in parts], result[first:last])
         self._wait_for_all()
         if self._leaders is not None:
-            if self.rank == 0:
+            if self._rank == 0:
                 dist.all_reduce(result, group=self._leaders)
             self._wait_for_all()
-        return values.copy_(result)
+        return result
 
     def _wait_for_all(self) -> None:
         try:

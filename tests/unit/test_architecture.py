@@ -8,12 +8,13 @@ from processes import ROOT
 
 # From the ground up: a module may import from lines above its own, and within `data` from `data`.
 LAYERS = [
-    {"errors", "atomic", "model", "threads"},
+    {"errors", "atomic", "model", "threads", "by_hand", "optimizer"},
     {"config", "failures", "launcher", "network"},
     {"rendezvous"},
     {"world"},
     {"state", "shared_memory"},
     {"gradients"},
+    {"steps"},
     {"sharding", "checkpoint", "tracking", "run_directory", "interruption", "data"},
     {"record"},
     {"engine"},

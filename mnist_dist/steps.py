@@ -1,0 +1,112 @@
+"""What one training step does: the mean gradient of a global batch over all ranks, and its use."""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnist_dist.by_hand import Perceptron
+from mnist_dist.gradients import GradientSum, average_over_ranks, sum_over_ranks
+from mnist_dist.model import MLP
+from mnist_dist.optimizer import FlatSGD
+from mnist_dist.world import World
+
+
+class Step(Protocol):
+    """A callable that takes one optimizer step; every rank must call it equally often."""
+
+    way: str
+    """How it is done, in a few words for a person."""
+
+    def __call__(self, pixels: Tensor, labels: Tensor, samples: int) -> Tensor:
+        """Step along the mean gradient over a global batch.
+
+        Args:
+            pixels: this rank's part of the batch: (n, 784) float32; n may be 0.
+            labels: (n,) int64.
+            samples: size of the global batch, over all ranks.
+
+        Returns:
+            This rank's sum of cross entropies over its part: () float32, detached.
+        """
+
+
+class AutogradStep:
+    """By autograd, with DistributedDataParallel when there is more than one process.
+
+    The local loss is sum(cross entropy) * W / n with n the samples in the global batch, so that
+    DistributedDataParallel's mean over the W ranks is exactly the mean over the global batch,
+    however unequal the ranks' parts are. A rank with an empty part still takes the step: its zero
+    gradients are part of the all-reduce.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, world_size: int, way: str
+    ) -> None:
+        """Train `model`, as `average_over_ranks` gave it, with `optimizer`."""
+        self.way = way
+        self._model = model
+        self._optimizer = optimizer
+        self._world_size = world_size
+
+    def __call__(self, pixels: Tensor, labels: Tensor, samples: int) -> Tensor:
+        """See `Step`."""
+        loss_sum = F.cross_entropy(self._model(pixels), labels, reduction="sum")
+        self._optimizer.zero_grad()
+        (loss_sum * (self._world_size / samples)).backward()
+        self._optimizer.step()
+        return loss_sum.detach()
+
+
+class StepByHand:
+    """Without autograd, for the perceptron on CPUs: the same gradients in half the time.
+
+    Every rank scales its part's gradient by 1 / n, so that the sum over ranks is the mean over the
+    global batch.
+    """
+
+    def __init__(self, model: MLP, optimizer: FlatSGD, gradients: GradientSum, way: str) -> None:
+        """Train `model` with `optimizer`, summing as `sum_over_ranks` says."""
+        self.way = way
+        self._perceptron = Perceptron([model.hidden1, model.hidden2, model.out])
+        self._optimizer = optimizer
+        self._gradients = gradients
+        self._views = [optimizer.views(slot) for slot in gradients.slots]
+        self._scales: dict[int, Tensor] = {}
+
+    def __call__(self, pixels: Tensor, labels: Tensor, samples: int) -> Tensor:
+        """See `Step`."""
+        scale = self._scales.get(samples)
+        if scale is None:
+            scale = self._scales[samples] = torch.tensor(1 / samples)
+        views = self._views[self._gradients.turn]
+        loss_sum = self._perceptron.gradients(pixels, labels, scale, views)
+        self._optimizer.apply(self._gradients.add_up())
+        return loss_sum
+
+
+def build_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    autograd: bool,
+    share_memory: bool,
+    timeout: float,
+) -> Step:
+    """The quickest step for this model on this device; every rank must ask.
+
+    Args:
+        model: on the world's device, with equal weights on all ranks.
+        optimizer: of the model's parameters.
+        world: the ranks.
+        autograd: use autograd and DistributedDataParallel in any case.
+        share_memory: CPU ranks of one host add up in memory they share, where they can.
+        timeout: seconds that a rank may make the others wait.
+    """
+    by_hand = not autograd and world.device.type == "cpu"
+    if by_hand and type(model) is MLP and isinstance(optimizer, FlatSGD):
+        gradients, way = sum_over_ranks(world, len(optimizer.flat), share_memory, timeout)
+        return StepByHand(model, optimizer, gradients, f"by hand, gradients over {way}")
+    parallel, way = average_over_ranks(model, world, share_memory, timeout)
+    return AutogradStep(parallel, optimizer, world.world_size, f"autograd, gradients over {way}")

@@ -1,0 +1,75 @@
+"""The step by hand against autograd and torch's own SGD: the same bits."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from processes import command
+
+from mnist_dist.by_hand import Perceptron
+from mnist_dist.model import MLP
+from mnist_dist.optimizer import FlatSGD
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 21, 32, 63, 64, 65, 512])
+def test_gradients_by_hand_are_those_of_autograd_to_the_last_bit(count: int) -> None:
+    torch.manual_seed(count)
+    model = MLP()
+    optimizer = FlatSGD(model, 0.1, 0, 0)
+    pixels = torch.randint(0, 256, (count, 784)) / 256
+    labels = torch.randint(0, 10, (count,))
+    scale = 3 / max(1, count)
+    expected = F.cross_entropy(model(pixels), labels, reduction="sum")
+    (expected * scale).backward()
+    found = optimizer.views(torch.full_like(optimizer.flat, torch.nan))
+    by_hand = Perceptron([model.hidden1, model.hidden2, model.out])
+    loss_sum = by_hand.gradients(pixels, labels, torch.tensor(scale), found)
+    assert torch.equal(loss_sum, expected)
+    for parameter, gradient in zip(model.parameters(), found, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize(("momentum", "decay"), [(0, 0), (0, 0.01), (0.9, 0), (0.9, 0.01)])
+def test_flat_steps_and_their_state_are_those_of_torch_to_the_last_bit(
+    momentum: float, decay: float
+) -> None:
+    torch.manual_seed(0)
+    ours, theirs = MLP(), MLP()
+    theirs.load_state_dict(ours.state_dict())
+    flat = FlatSGD(ours, 0.1, momentum, decay)
+    sgd = torch.optim.SGD(theirs.parameters(), 0.1, momentum, weight_decay=decay)
+    for number in range(6):
+        gradients = [torch.randn_like(parameter) for parameter in theirs.parameters()]
+        for parameter, gradient in zip(theirs.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        sgd.step()
+        flat.apply(torch.cat([gradient.flatten() for gradient in gradients]))
+        if number == 2:  # a resume in between
+            flat.load_state_dict(copy.deepcopy(flat.state_dict()))
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    found, expected = flat.state_dict(), sgd.state_dict()
+    assert found["param_groups"] == expected["param_groups"]
+    assert found["state"].keys() == expected["state"].keys()
+    for number, state in expected["state"].items():
+        assert state.keys() == found["state"][number].keys()
+        if momentum:
+            assert torch.equal(found["state"][number]["momentum_buffer"], state["momentum_buffer"])
+
+
+def test_steps_by_hand_never_import_torchs_compiler() -> None:
+    """It takes as long to import as torch itself."""
+    program = """
+import sys, torch
+from mnist_dist.model import MLP
+from mnist_dist.optimizer import FlatSGD
+optimizer = FlatSGD(MLP(), 0.1, 0.9, 0.01)
+optimizer.apply(torch.ones_like(optimizer.flat))
+optimizer.load_state_dict(optimizer.state_dict())
+print("torch._dynamo" in sys.modules)
+"""
+    assert command(Path(), sys.executable, "-c", program).out == "False\n"
