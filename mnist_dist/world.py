@@ -110,7 +110,9 @@ class World:
         Raises:
             ReportedError: on all ranks, if `action` raised one on any.
         """
-        return self._values(self.gather(_attempt(action)))[self.rank]
+        outcome = _attempt(action)
+        self._values(self.gather(_Outcome[T](error=outcome.error)))  # values may be large
+        return outcome.value  # type: ignore[return-value]
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 alone; every rank returns its (picklable) value.
