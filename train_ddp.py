@@ -25,14 +25,16 @@ from mnist_dist.data import Dataset, load, locate
 from mnist_dist.engine import evaluate, train_epoch
 from mnist_dist.errors import JobError, Preempted, ReportedError, UserError
 from mnist_dist.failures import LostContactError
+from mnist_dist.gradients import require_compression
 from mnist_dist.interruption import Agreement, StopRequest
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
+from mnist_dist.profiling import profiled
 from mnist_dist.record import Record
 from mnist_dist.run_directory import code_digest, find_run_directory
 from mnist_dist.sharding import Sharding
 from mnist_dist.state import TrainState
-from mnist_dist.steps import build_step
+from mnist_dist.steps import Choice, build_step
 from mnist_dist.tracking import Console
 from mnist_dist.world import World, exit_with_error, join, leave
 
@@ -74,6 +76,7 @@ def train(config: TrainConfig, launch: Launch) -> None:
 
 def set_up(config: TrainConfig, world: World) -> Job:
     """Data, model and the name of the run's record; nothing is written."""
+    require_compression(config.grad_compression, world.backend)
     console = Console(speaks=world.is_main)
     dataset = load_data(config, world, console)
     sharding = Sharding(
@@ -178,14 +181,14 @@ def begin(job: Job) -> None:
 def fit(job: Job) -> None:
     """Train and validate epoch by epoch, from where the state stands."""
     config, state, sharding, world = job.config, job.state, job.sharding, job.world
-    step = build_step(
-        state.model,
-        state.optimizer,
-        world,
+    choice = Choice(
         autograd=config.backward == "autograd",
         share_memory=config.shared_memory == "auto",
+        compression=config.grad_compression,
+        compile=config.compile,
         timeout=config.step_timeout,
     )
+    step = build_step(state.model, state.optimizer, world, choice)
     job.console.say(f"step   {step.way}")
     minutes = config.checkpoint_every_minutes
     stop = StopRequest()
@@ -195,6 +198,8 @@ def fit(job: Job) -> None:
         name = f"epoch {state.epoch + 1:{len(str(config.epochs))}}/{config.epochs}"
         started, first = time.perf_counter(), state.batch
         steps = train_epoch(step, state.scheduler, job.dataset.train, sharding, state.epoch, first)
+        if config.profile and state.epoch == 0 and world.is_main:
+            steps = profiled(steps, job.record.directory.path / "profile")
         for loss_sum in job.console.progress(steps, sharding.steps_per_epoch, first, name):
             state.count_step(loss_sum)
             save_now = state.step % (config.checkpoint_every_steps or sys.maxsize) == 0

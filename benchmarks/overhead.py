@@ -17,7 +17,7 @@ from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
 from mnist_dist.sharding import Sharding
 from mnist_dist.state import TrainState
-from mnist_dist.steps import Step, build_step
+from mnist_dist.steps import Choice, Step, build_step
 from mnist_dist.world import World, join
 
 _INSIDE = "--inside"
@@ -56,7 +56,7 @@ def measure(data: str, pairs: int | None) -> None:
         bare = MLP()
         optimizer = FlatSGD(bare, 0.001, 0, 0)
         state = TrainState(bare, optimizer, None, {})
-        step = build_step(bare, optimizer, world, False, share_memory=True, timeout=120)
+        step = build_step(bare, optimizer, world, Choice())
         sharding = Sharding(len(split), 64, world.rank, world.world_size, seed=0)
         seconds: dict[bool, list[float]] = {True: [], False: []}
         count = pairs or _PAIRS.get(world.world_size, 10)

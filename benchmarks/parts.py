@@ -24,7 +24,7 @@ from mnist_dist.launcher import read_launch
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
 from mnist_dist.sharding import Sharding
-from mnist_dist.steps import StepByHand, build_step
+from mnist_dist.steps import Choice, StepByHand, build_step
 from mnist_dist.world import World, join
 
 _INSIDE = "--inside"
@@ -97,7 +97,7 @@ class Parts:
         step = (
             StepByHand(model, optimizer, NoSum(len(optimizer.flat)), "alone")
             if world is None
-            else build_step(model, optimizer, world, autograd, share, timeout=120)
+            else build_step(model, optimizer, world, Choice(autograd, share))
         )
         train = load(locate(self.data, None)).train
 

@@ -100,6 +100,18 @@ class TrainConfig:
     """How gradients are computed. auto: on CPUs by the perceptron's own formulas, to the same bits
     as autograd in half the time. autograd: always by autograd and DistributedDataParallel."""
 
+    compile: bool = False
+    """Let torch.compile turn the model into code of its own (with --backward autograd; needs a C++
+    compiler on CPUs). Falls back, and says why, where that fails."""
+
+    grad_compression: Literal["none", "bf16", "powersgd"] = "none"
+    """What processes send each other, for slow networks. bf16 (on GPUs) and powersgd lose digits:
+    the numbers then depend on the number of processes, and a resume is no longer exact."""
+
+    profile: bool = False
+    """Write a trace of the first epoch's steps 10 to 30 to the run directory, for TensorBoard's
+    profiler plugin or Perfetto."""
+
     run_dir: str | None = None
     """Directory of this run. An unfinished run there is continued, a finished one is kept. None:
     runs/<timestamp>_<launch id>."""
@@ -141,7 +153,9 @@ class TrainConfig:
         More epochs only extend a constant schedule, but stretch one that depends on the length.
         """
         names = ["global_batch_size", "lr", "momentum", "weight_decay", "schedule", "seed"]
-        names += ["train_samples"] + (["epochs"] if self.schedule != "constant" else [])
+        names += ["train_samples", "grad_compression"] + (
+            ["epochs"] if self.schedule != "constant" else []
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -168,8 +182,14 @@ def parse_config(argv: Sequence[str]) -> TrainConfig:
 
 
 def _as_flags(values: dict[str, Any]) -> list[str]:
-    given = {name: value for name, value in values.items() if value is not None}
-    return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    flags = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            flags.append(f"--{flag}={value}")
+    return flags
 
 
 def _flags_of_file(path: Path) -> list[str]:

@@ -1,14 +1,17 @@
 """How the ranks add up their gradients: in shared memory, by the backend, or not at all."""
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mnist_dist.errors import UserError
 from mnist_dist.shared_memory import HostSum
 from mnist_dist.world import World
+
+Compression = Literal["none", "bf16", "powersgd"]
 
 
 class GradientSum(Protocol):
@@ -53,7 +56,11 @@ def sum_over_ranks(
 
 
 def average_over_ranks(
-    model: nn.Module, world: World, share_memory: bool, timeout: float
+    model: nn.Module,
+    world: World,
+    share_memory: bool,
+    timeout: float,
+    compression: Compression = "none",
 ) -> tuple[nn.Module, str]:
     """Let every backward pass of `model` leave the mean gradient over all ranks, and say how.
 
@@ -62,10 +69,15 @@ def average_over_ranks(
         world: with one process there is nothing to average and `model` is returned as it is.
         share_memory: as for `sum_over_ranks`.
         timeout: seconds that a rank may make the others wait.
+        compression: what the ranks send each other, over the backend in any case if it is not
+            "none".
     """
     if world.world_size == 1:
         return model, "alone"
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if compression != "none":
+        _compress(parallel, compression)
+        return parallel, f"{world.backend}, {compression}"
     parameters = list(model.parameters())
     share_memory = share_memory and all(p.dtype == torch.float32 for p in parameters)
     size = sum(parameter.numel() for parameter in parameters)
@@ -73,6 +85,25 @@ def average_over_ranks(
     if host_sum is not None:
         parallel.register_comm_hook((host_sum, world.world_size), _average)
     return parallel, way
+
+
+def require_compression(compression: Compression, backend: str) -> None:
+    """Raise UserError where PyTorch's hook for `compression` does not work over `backend`."""
+    if compression == "bf16" and backend == "gloo":
+        raise UserError(
+            "--grad-compression bf16: PyTorch's hook needs GPUs with NCCL; use powersgd, or none"
+        )
+
+
+def _compress(parallel: DistributedDataParallel, compression: Compression) -> None:
+    # Imported here: they are seldom used, and bring torch's compiler with them.
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+    if compression == "bf16":
+        parallel.register_comm_hook(None, default_hooks.bf16_compress_hook)
+        return
+    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=10)
+    parallel.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
 
 
 def _share_memory(

@@ -1,5 +1,6 @@
 """What one training step does: the mean gradient of a global batch over all ranks, and its use."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnist_dist.by_hand import Perceptron
-from mnist_dist.gradients import GradientSum, average_over_ranks, sum_over_ranks
+from mnist_dist.gradients import Compression, GradientSum, average_over_ranks, sum_over_ranks
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
 from mnist_dist.world import World
@@ -86,13 +87,24 @@ class StepByHand:
         return loss_sum
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a user may choose about the step."""
+
+    autograd: bool = False
+    """Use autograd and DistributedDataParallel in any case."""
+    share_memory: bool = True
+    """CPU ranks of one host add up in memory they share, where they can."""
+    compression: Compression = "none"
+    """What ranks send each other; anything but "none" is for DistributedDataParallel only."""
+    compile: bool = False
+    """Let torch.compile work on the model; for autograd only."""
+    timeout: float = 120.0
+    """Seconds that a rank may make the others wait."""
+
+
 def build_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    world: World,
-    autograd: bool,
-    share_memory: bool,
-    timeout: float,
+    model: nn.Module, optimizer: torch.optim.Optimizer, world: World, choice: Choice
 ) -> Step:
     """The quickest step for this model on this device; every rank must ask.
 
@@ -100,13 +112,32 @@ def build_step(
         model: on the world's device, with equal weights on all ranks.
         optimizer: of the model's parameters.
         world: the ranks.
-        autograd: use autograd and DistributedDataParallel in any case.
-        share_memory: CPU ranks of one host add up in memory they share, where they can.
-        timeout: seconds that a rank may make the others wait.
+        choice: the user's.
     """
-    by_hand = not autograd and world.device.type == "cpu"
+    plain = not (choice.autograd or choice.compile) and choice.compression == "none"
+    by_hand = plain and world.device.type == "cpu"
+    share, timeout = choice.share_memory, choice.timeout
     if by_hand and type(model) is MLP and isinstance(optimizer, FlatSGD):
-        gradients, way = sum_over_ranks(world, len(optimizer.flat), share_memory, timeout)
+        gradients, way = sum_over_ranks(world, len(optimizer.flat), share, timeout)
         return StepByHand(model, optimizer, gradients, f"by hand, gradients over {way}")
-    parallel, way = average_over_ranks(model, world, share_memory, timeout)
-    return AutogradStep(parallel, optimizer, world.world_size, f"autograd, gradients over {way}")
+    how = "autograd"
+    if choice.compile:
+        model, how = _compiled(model, world)
+    parallel, way = average_over_ranks(model, world, share, timeout, choice.compression)
+    return AutogradStep(parallel, optimizer, world.world_size, f"{how}, gradients over {way}")
+
+
+def _compiled(model: nn.Module, world: World) -> tuple[nn.Module, str]:
+    """The model as torch.compile makes it, if all ranks can, and what became of that in words."""
+    try:
+        compiled: nn.Module = torch.compile(model, dynamic=True)  # type: ignore[assignment]
+        pixels = torch.zeros(8, 784, device=world.device)
+        compiled(pixels).sum().backward()
+        failure = None
+    except Exception as error:  # whatever a compiler that is missing or fails makes torch raise
+        failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    model.zero_grad()
+    failures = [text for text in world.gather(failure) if text is not None]
+    if failures:
+        return model, f"autograd, not compiled ({failures[0]})"
+    return compiled, "autograd, compiled"

@@ -47,15 +47,19 @@ def cut_back(whole: Path, run: Path, step: int) -> None:
     (run / "status.json").write_text(json.dumps({**status, "status": "running"}))
 
 
+@pytest.mark.parametrize("backward", ["auto", "autograd"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_resume_at_every_step_ends_in_the_same_bits(world_size: int, tmp_path: Path) -> None:
+def test_a_resume_at_every_step_ends_in_the_same_bits(
+    world_size: int, backward: str, tmp_path: Path
+) -> None:
+    way = f"--backward={backward}"
     saving = ["--checkpoint-every-steps=1", "--keep-checkpoints=100"]
-    whole = completed_run(tmp_path, world_size, *SMALL, *RECIPE, *saving)
+    whole = completed_run(tmp_path, world_size, *SMALL, *RECIPE, *saving, way)
     expected = torch.load(whole / "checkpoints" / f"step_{STEPS:08d}.pt", weights_only=True)
     for step in range(1, STEPS + 1):
         run = tmp_path / f"cut-{step}"
         cut_back(whole, run, step)
-        flags = [f"--run-dir={run}", *SMALL, *RECIPE, "--keep-checkpoints=100"]
+        flags = [f"--run-dir={run}", *SMALL, *RECIPE, "--keep-checkpoints=100", way]
         first = run_job(tmp_path, world_size, *flags)[0]
         assert first.code == 0, first.err
         assert f"resume at step {step}, " in first.out

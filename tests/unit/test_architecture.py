@@ -15,7 +15,7 @@ LAYERS = [
     {"state", "shared_memory"},
     {"gradients"},
     {"steps"},
-    {"sharding", "checkpoint", "tracking", "run_directory", "interruption", "data"},
+    {"sharding", "checkpoint", "tracking", "profiling", "run_directory", "interruption", "data"},
     {"record"},
     {"engine"},
     {"train_ddp"},

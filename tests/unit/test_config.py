@@ -117,5 +117,5 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
     assert end.value.code == 0
     text = capsys.readouterr().out
     for name in TrainConfig.__dataclass_fields__:
-        assert re.search(rf"--{name.replace('_', '-')} ", text), name
+        assert re.search(rf"--{name.replace('_', '-')}[ ,]", text), name
     assert text.count("(default:") == len(TrainConfig.__dataclass_fields__)
