@@ -4,7 +4,8 @@ python -m benchmarks.compare --data ../shared/data/mnist.pkl.gz --world-sizes 1 
 
 An epoch is training and validation; ours is the whole job, with its records and checkpoints. Every
 contender runs as a job of its own, one after another, as often as there are rounds; the first epoch
-of each job warms up and does not count. `pip install -e '.[compare]'` installs the peers.
+of each job warms up and does not count. Then follow the tables of `benchmarks.parts` and
+`benchmarks.start`. `pip install -e '.[compare]'` installs the peers.
 """
 
 import argparse
@@ -15,8 +16,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from benchmarks import parts, start
 from benchmarks.jobs import train
 from benchmarks.peers import PEERS, Work
 
@@ -87,26 +91,42 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="of one job; the first warms up")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--epochs-only", action="store_true", help="the first table only")
     parser.add_argument("--json", action="store_true", help="every epoch's seconds, as one object")
     parser.add_argument(_INSIDE, choices=PEERS, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    work = Work(chosen.data, chosen.epochs, chosen.batch)
+    data = chosen.data if chosen.data in ("auto", "bundled") else str(Path(chosen.data).resolve())
+    work = Work(data, chosen.epochs, chosen.batch)
     if chosen.inside:
         return run_inside(chosen.inside, work)
-    if not chosen.json:
-        print(
-            "| processes | | s an epoch | from to | times ours |\n|---|---|---|---|---|", flush=True
-        )
-    everything = {}
+    if chosen.json:
+        print(json.dumps(everything(chosen, work, lambda lines: None)))
+    else:
+        everything(chosen, work, lambda lines: print("\n".join(lines), flush=True))
+    return None
+
+
+def everything(
+    chosen: argparse.Namespace, work: Work, say: Callable[[list[str]], None]
+) -> dict[str, Any]:
+    """Measure all there is to measure, and say each table's lines as they come."""
+    found: dict[str, Any] = {"epochs": {}, "parts": {}}
+    say(["| processes | | s an epoch | from to | times ours |", "|---|---|---|---|---|"])
     for processes in chosen.world_sizes:
         # The original knows one process only.
         names = [n for n in chosen.peers if processes == 1 or n != "original script"]
-        everything[processes] = measure(work, processes, chosen.rounds, names)
-        if not chosen.json:
-            print("\n".join(table(processes, everything[processes])), flush=True)
-    if chosen.json:
-        print(json.dumps(everything))
-    return None
+        found["epochs"][processes] = measure(work, processes, chosen.rounds, names)
+        say(table(processes, found["epochs"][processes]))
+    if chosen.epochs_only:
+        return found
+    say(["", *parts.HEADER.splitlines()])
+    for processes in chosen.world_sizes:
+        seconds = parts.run(work.data, processes, work.global_batch_size, chosen.rounds)
+        found["parts"][processes] = seconds
+        say(parts.table(processes, seconds))
+    found["start"] = start.measure(work.data, chosen.rounds)
+    say(["", *start.table(found["start"])])
+    return found
 
 
 if __name__ == "__main__":
