@@ -1,20 +1,16 @@
 """TrainConfig: one frozen dataclass is the command line, the help and the saved config.json."""
 
 import argparse
-import contextlib
 import dataclasses
-import io
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from mnist_dist.errors import UserError
+from mnist_dist.flags import parse_flags
 
 # Flags that say where a run lives, not what it computes: they stay out of config.json.
 _NOT_SAVED = frozenset({"config", "run_dir"})
@@ -176,7 +172,7 @@ def parse_config(argv: Sequence[str]) -> TrainConfig:
     earlier = _flags_of_file(Path(known.config)) if known.config else []
     if known.recipe in RECIPES:
         earlier += _as_flags(RECIPES[known.recipe])
-    config = _parse_with_tyro([*earlier, *argv])
+    config = parse_flags(TrainConfig, [*earlier, *argv], "train_ddp.py")
     _validate(config)
     return config
 
@@ -213,41 +209,10 @@ def _flags_of_file(path: Path) -> list[str]:
             raise UserError(f"--config {path}: {field.name} is null; give it a value or remove it")
     try:
         flags = _as_flags(values)
-        _validate(_parse_with_tyro(flags))
+        _validate(parse_flags(TrainConfig, flags, "train_ddp.py"))
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from error
     return flags
-
-
-def _parse_with_tyro(argv: list[str]) -> TrainConfig:
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(TrainConfig, args=argv, prog="train_ddp.py")
-    except SystemExit as end:
-        if end.code == 0:
-            raise
-        raise UserError(_one_line(said.getvalue())) from None
-
-
-_PLAINER = (
-    (r"Error parsing (\S+): invalid literal for int.*?: (.*)", r"\1 \2: expected a whole number"),
-    (r"Error parsing (\S+): could not convert string.*?: (.*)", r"\1 \2: expected a number"),
-    (r"Error parsing (\S+): ", r"\1: "),
-)
-
-
-def _one_line(box: str) -> str:
-    """Tyro's framed error as one line: its message, the flag it suggests, where the help is."""
-    rows = [line.strip("│╭╮╰╯ ").strip() for line in box.splitlines()[1:-1]]
-    sections = " ".join(rows).split("─")
-    parts = [part.strip() for part in sections if part.strip()]
-    message = parts[0] if parts else "the command line could not be read"
-    for pattern, plain in _PLAINER:
-        message = re.sub(pattern, plain, message)
-    hints = [re.search(r"Perhaps you meant:\s+(--[\w-]+)", part) for part in parts]
-    suggestion = "".join(f"; perhaps you meant {hint[1]}" for hint in hints if hint)
-    return f"{message}{suggestion}; --help lists every flag"
 
 
 def _validate(config: TrainConfig) -> None:

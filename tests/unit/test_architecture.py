@@ -9,8 +9,8 @@ from processes import ROOT
 # From the ground up: a module may import from lines above its own, and within `data` from `data`.
 LAYERS = [
     {"errors", "atomic", "model", "threads", "by_hand", "optimizer"},
-    {"config", "failures", "launcher", "network"},
-    {"rendezvous"},
+    {"flags", "failures", "launcher", "network"},
+    {"config", "rendezvous"},
     {"world"},
     {"state", "shared_memory"},
     {"gradients"},
