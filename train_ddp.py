@@ -5,25 +5,23 @@ torchrun --nproc_per_node=4 train_ddp.py       four on this host
 srun python train_ddp.py                       one per Slurm task
 """
 
-import atexit
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 # Before torch, whose import takes seconds: it notes the parent that we are to end with.
-from mnist_dist.launcher import Launch, leave_with_launcher, read_launch  # isort: skip
+from mnist_dist.launcher import Launch  # isort: skip
 
 import torch
-from torch.distributed.elastic.multiprocessing import errors as elastic_errors
 from torch.optim.lr_scheduler import OneCycleLR
 
+from mnist_dist import process
 from mnist_dist.config import TrainConfig, parse_config
 from mnist_dist.data import Dataset, load, locate
 from mnist_dist.engine import evaluate, train_epoch
-from mnist_dist.errors import JobError, Preempted, ReportedError, UserError
+from mnist_dist.errors import JobError, Preempted, UserError
 from mnist_dist.failures import LostContactError
 from mnist_dist.gradients import require_compression
 from mnist_dist.interruption import Agreement, StopRequest
@@ -36,7 +34,7 @@ from mnist_dist.sharding import Sharding
 from mnist_dist.state import TrainState
 from mnist_dist.steps import Choice, build_step
 from mnist_dist.tracking import Console
-from mnist_dist.world import World, exit_with_error, join, leave
+from mnist_dist.world import World, join
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,8 @@ def begin(job: Job) -> None:
     """Compare the ranks' weights, say and write down what runs where with what."""
     config, world, state = job.config, job.world, job.state
     world.require_same({"the weights": state.weights_digest()}, "this is a bug, or bad memory")
-    facts = world.facts()
+    data = {"data": job.dataset.description, "data_fingerprint": job.dataset.fingerprint}
+    facts = world.facts() | data
     world.on_main(lambda: job.record.begin(state, config.to_json(), facts))
     parameters = sum(p.numel() for p in state.model.parameters())
     hosts = f" on {len(facts['hosts'])} hosts" if len(facts["hosts"]) > 1 else ""
@@ -296,34 +295,15 @@ def test(job: Job) -> None:
     job.console.say(f"run    {record}")
 
 
-@elastic_errors.record
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns the process's exit code."""
-    launch = Launch("alone")
-    try:
-        launch = read_launch()
-        if launch.launcher != "alone":
-            leave_with_launcher(launch.rank)
-        train(parse_config(sys.argv[1:] if argv is None else argv), launch)
-    except ReportedError as error:
-        return exit_with_error(launch, error)
-    except LostContactError as error:
-        print(f"mnist-dist: rank {launch.rank} ends: {error}", file=sys.stderr)
-        leave(1)
-    except KeyboardInterrupt:  # before training: there is nothing to save yet
-        leave(130)
-    return 0
+    words = sys.argv[1:] if argv is None else argv
+    return process.attempt(lambda launch: train(parse_config(words), launch))
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
-    """`main` as a process of its own: a bug has its traceback, and the process really ends."""
-    try:
-        code = main(argv)
-    except Exception:
-        traceback.print_exc()
-        leave(1)
-    atexit._run_exitfuncs()
-    leave(code or 0)
+    """`main` as a process of its own."""
+    process.run(lambda: main(argv))
 
 
 if __name__ == "__main__":

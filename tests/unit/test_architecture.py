@@ -12,7 +12,7 @@ LAYERS = [
     {"flags", "failures", "launcher", "network"},
     {"config", "rendezvous"},
     {"world"},
-    {"state", "shared_memory"},
+    {"process", "state", "shared_memory"},
     {"gradients"},
     {"steps"},
     {"sharding", "checkpoint", "tracking", "profiling", "run_directory", "interruption", "data"},
