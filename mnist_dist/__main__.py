@@ -3,34 +3,67 @@
 `torchrun -m mnist_dist train` is `torchrun train_ddp.py` without a checkout.
 """
 
+import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from mnist_dist import __version__
+from mnist_dist.errors import ReportedError
 
-_USAGE = """usage: mnist-dist COMMAND
-
-  train [FLAGS]   train the classifier; --help lists the flags
-  --version       say the version
-  --help          say this"""
+# Each module has `run(flags)`, which returns the exit code or ends the process. They are imported
+# when they are asked for: importing torch takes seconds.
+_COMMANDS = {
+    "train": ("train_ddp", "train the classifier"),
+    "evaluate": ("mnist_dist.commands.evaluate", "exact figures of a trained model"),
+    "predict": ("mnist_dist.commands.predict", "which digit is in a PNG or JPEG"),
+    "export": ("mnist_dist.commands.export", "write a model for torch.export or ONNX"),
+    "runs": ("mnist_dist.commands.runs", "a table of runs"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     match words:
-        case ["train", *flags]:
-            import train_ddp  # takes as long as importing torch
-
-            train_ddp.run(flags)
         case ["--version"]:
             print(f"mnist-dist {__version__}")
         case ["--help" | "-h"] | []:
-            print(_USAGE)
+            print(_usage())
+        case [command, *flags] if command in _COMMANDS:
+            return _run(_COMMANDS[command][0], flags)
         case [unknown, *_]:
             print(f"mnist-dist: error: no command {unknown!r}; see --help", file=sys.stderr)
             return 2
     return 0
+
+
+def _usage() -> str:
+    lines = [f"  {name:16}{summary}" for name, (_, summary) in _COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: mnist-dist COMMAND [ARGUMENTS]",
+            "",
+            *lines,
+            "  --version       say the version",
+            "  --help          say this; COMMAND --help says more",
+        ]
+    )
+
+
+def _run(module: str, flags: Sequence[str]) -> int:
+    try:
+        code: int = importlib.import_module(module).run(flags)
+        sys.stdout.flush()
+        return code
+    except ReportedError as error:
+        print(f"mnist-dist: {error.kind}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has gone, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":

@@ -1,16 +1,25 @@
 """A file that is replaced whole or not at all."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 TEMPORARY_SUFFIX = ".partial"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(
+    path: Path, content: bytes, check: Callable[[Path], None] = lambda written: None
+) -> None:
     """Replace `path` by `content`, or leave it as it was; after the return it survives power loss.
 
     The temporary file is in the same directory, since a rename is atomic only within one file
     system, and the directory is flushed too, since the rename itself lives there.
+
+    Args:
+        path: where to; its directory exists.
+        content: all of the new file.
+        check: looks at the written file before it takes its name; what it raises goes on to the
+            caller, and nothing is left behind.
 
     Raises:
         OSError: the disk is full or the directory cannot be written; nothing is left behind.
@@ -21,8 +30,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        check(temporary)
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     directory = os.open(path.parent, os.O_RDONLY)

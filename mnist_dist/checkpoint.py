@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -102,7 +103,8 @@ class CheckpointStore:
             UserError: it is missing or damaged.
         """
         self.flush()
-        return load_checkpoint(self.directory / "best.pt")
+        best: dict[str, Any] = load_checkpoint(self.directory / "best.pt")
+        return best
 
     def has_best(self) -> bool:
         """Whether `best.pt` is there and sound."""
@@ -156,34 +158,45 @@ def _digest_of(path: Path) -> str | None:
         return None
 
 
-def _sound_content(path: Path) -> bytes:
+def _sound_content(path: Path, needs_sidecar: bool = True) -> bytes:
     """The bytes of a checkpoint, once they are what its sidecar says. Raises UserError if not."""
     try:
         content = path.read_bytes()
+        if not needs_sidecar and not path.with_suffix(".json").exists():
+            return content
         sidecar = json.loads(path.with_suffix(".json").read_text())
         # A writer that died between the two files of a replacement left the old one, still sound.
         expected = (sidecar["sha256"], sidecar.get("replaces"))
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path.with_suffix('.json')}: not a checkpoint's sidecar") from error
     if hashlib.sha256(content).hexdigest() not in expected:
         raise UserError(f"{path}: its content is not what was saved (SHA-256 differs)")
     return content
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, after comparing it with its sidecar.
+def load_checkpoint(path: Path, needs_sidecar: bool = True) -> Any:
+    """Read a checkpoint onto the CPU, after comparing it with its sidecar; nothing in it is run.
+
+    Args:
+        path: the `.pt` file.
+        needs_sidecar: False takes a file without one as it is: people copy best.pt around. One
+            that is there must still match.
+
+    Returns:
+        What was saved: a dict with TrainState's keys, if this project wrote it.
 
     Raises:
         UserError: it is missing or damaged; the text says how.
     """
-    content = _sound_content(path)
+    content = _sound_content(path, needs_sidecar)
     try:
-        state: dict[str, Any] = torch.load(
-            io.BytesIO(content), map_location="cpu", weights_only=True
-        )
+        with warnings.catch_warnings():  # about files that other programs wrote
+            warnings.simplefilter("ignore")
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file that is no checkpoint makes torch raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a checkpoint ({reason})") from error
-    return state
+        raise UserError(
+            f"{path}: not a checkpoint (it would hold tensors and plain values only; nothing in "
+            "it was run)"
+        ) from error

@@ -39,6 +39,7 @@ _PLAINER = (
     (r"Error parsing (\S+): invalid literal for int.*?: (.*)", r"\1 \2: expected a whole number"),
     (r"Error parsing (\S+): could not convert string.*?: (.*)", r"\1 \2: expected a number"),
     (r"Error parsing (\S+): ", r"\1: "),
+    (r"Missing from [^:]+: (\S+).*", r"\1 is missing"),
 )
 
 

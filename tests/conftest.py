@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from processes import ROOT
+from processes import ROOT, completed_run
 
 SHARED = Path(os.environ.get("MNIST_DIST_SHARED_DATA", ROOT.parent / "shared" / "data")).resolve()
 
@@ -23,3 +23,17 @@ def full_mnist() -> Path:
     if not (SHARED / "mnist.pkl.gz").exists():
         pytest.skip(f"no full MNIST at {SHARED}; set MNIST_DIST_SHARED_DATA to its directory")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A completed run on the bundled digits, good enough to be used. To be read only."""
+    return completed_run(tmp_path_factory.mktemp("trained"), 1, "--data=bundled", "--recipe=tuned")
+
+
+@pytest.fixture(scope="session")
+def trained_on_all(full_mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short tuned run on full MNIST, in two processes. To be read only."""
+    directory = tmp_path_factory.mktemp("trained-on-all")
+    flags = [f"--data={full_mnist}", "--recipe=tuned", "--epochs=5"]
+    return completed_run(directory, 2, *flags)

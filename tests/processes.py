@@ -5,6 +5,7 @@ processes' work and not for seven imports of torch on two cores.
 """
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -110,16 +111,15 @@ def _rank(
         sender.send((False, traceback.format_exc()))
 
 
-def run_main(directory: str, flags: list[str]) -> Ended:
-    """`train_ddp.main` in `directory` in this process, and what it said."""
-    import train_ddp
-
+def run_main(directory: str, flags: list[str], door: str = "train_ddp") -> Ended:
+    """The module `door`'s `main` in `directory` in this process, and what it said."""
+    main = importlib.import_module(door).main
     os.chdir(directory)
     name = f".said-{os.environ.get('RANK', '0')}-{os.getpid()}"
     with open(f"{name}-out", "w+") as out, open(f"{name}-err", "w+") as err:  # noqa: PTH123
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                code = train_ddp.main(flags)
+                code = main(flags)
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else 1
         out.seek(0)

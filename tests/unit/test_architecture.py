@@ -16,9 +16,9 @@ LAYERS = [
     {"gradients"},
     {"steps"},
     {"sharding", "checkpoint", "tracking", "profiling", "run_directory", "interruption", "data"},
-    {"record"},
+    {"record", "handwriting", "trained_model"},
     {"engine"},
-    {"train_ddp"},
+    {"train_ddp", "commands"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -57,7 +57,8 @@ def imported(file: Path) -> set[str]:
 def test_imports_run_down_the_layers_only(file: Path) -> None:
     own = room(file)
     if own == "__init__":
-        assert imported(file) == set()
+        if file.parent == ROOT / "mnist_dist":  # the door: lazily, so that it stays cheap
+            assert imported(file) == {"errors", "commands", "handwriting", "trained_model"}
         return
     assert own in LEVEL, f"{own} has no layer yet: give it one here"
     for other in imported(file) - {own}:

@@ -1,0 +1,211 @@
+"""`mnist-dist export`: a trained model for programs without this one, checked after writing."""
+
+import contextlib
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+from tyro.conf import Positional, arg
+
+from mnist_dist.atomic import write_atomically
+from mnist_dist.data import load, locate
+from mnist_dist.engine import pixels
+from mnist_dist.errors import JobError, UserError
+from mnist_dist.flags import parse_flags
+from mnist_dist.trained_model import load_trained
+
+Format = Literal["torch", "onnx"]
+
+# How far a logit of the exported model may be from the original's, where logits are of the order
+# of 1; larger ones are rounded in proportion.
+_TOLERANCE = 1e-5
+
+_SUFFIX: dict[Format, str] = {"torch": ".pt2", "onnx": ".onnx"}
+_PACKAGES: dict[Format, tuple[str, ...]] = {
+    "torch": (),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+}
+# Sizes of the batches that are compared: the batch dimension must be free, 1 and 0 are special.
+_BATCHES = (1, 2, 500)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a trained model as one file that other programs can load, and check that file.
+
+    Its input is `images`, (N, 784) float32, the pixels' bytes / 256, 28 rows one after another,
+    white digit on black; its output is `logits`, (N, 10) float32.
+    """
+
+    model: Annotated[str, Positional, arg(metavar="RUN_OR_CHECKPOINT")]
+    """A run's directory (its best.pt is meant), or a checkpoint."""
+
+    format: Format
+    """torch: for torch.export.load, in Python or C++. onnx: for ONNX runtimes; needs the packages
+    of the extra "onnx"."""
+
+    output: str | None = None
+    """File to write, ending in .pt2 (torch) or .onnx. None: beside the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written, and how well it agrees with the model."""
+
+    file: Path
+    difference: float
+    """The largest difference of a logit from the model's, over the bundled test digits."""
+
+
+def export(model: str | Path, format: Format, output: str | Path | None = None) -> Exported:
+    """Write a trained model as a file that needs no code of this project, and check that file.
+
+    The file is run on the bundled test digits, in batches of several sizes, before it takes its
+    name: what is at `output` afterwards is what was there before, or agrees with the model.
+
+    Args:
+        model: a run's directory (its best.pt is meant) or a checkpoint.
+        format: "torch" (`torch.export`) or "onnx".
+        output: file to write; None: beside the checkpoint, under its name.
+
+    Raises:
+        UserError: the model or the output cannot be used, or a package is missing.
+        JobError: the exported model does not agree with the original.
+    """
+    if format not in _SUFFIX:
+        raise UserError(f"--format {format}: give one of {', '.join(_SUFFIX)}")
+    for package in _PACKAGES[format]:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--format {format}: the package {package} is missing; "
+                f"pip install 'mnist-dist[{format}]'"
+            )
+    trained = load_trained(model)
+    file = _output(output, trained.checkpoint, format)
+    serialize, reader = (
+        (_to_torch, _torch_reader) if format == "torch" else (_to_onnx, _onnx_reader)
+    )
+    differences: list[float] = []
+    try:
+        with _quiet():
+            content = serialize(trained.model)
+            write_atomically(
+                file,
+                content,
+                lambda written: differences.append(_compare(reader(written), trained.model, file)),
+            )
+    except OSError as error:
+        raise UserError(
+            f"--output {file}: {error.strerror}; name a file in a directory that can be written"
+        ) from error
+    return Exported(file, differences[0])
+
+
+def run(flags: Sequence[str]) -> int:
+    """The command."""
+    config = parse_flags(ExportConfig, flags, "mnist-dist export")
+    exported = export(config.model, config.format, config.output)
+    print(f"wrote  {exported.file} ({exported.file.stat().st_size:,} bytes)")
+    print(
+        f"check  largest difference from the model {exported.difference:.1e}, over the bundled "
+        "test digits"
+    )
+    print("input  images: (N, 784) float32, bytes / 256; output logits: (N, 10) float32")
+    return 0
+
+
+def _output(output: str | Path | None, checkpoint: Path, format: Format) -> Path:
+    """Where to write. The suffix keeps a slip from replacing a checkpoint or a picture."""
+    if output is None:
+        return checkpoint.with_suffix(_SUFFIX[format])
+    file = Path(output)
+    if file.suffix != _SUFFIX[format]:
+        raise UserError(f"--output {file}: give a name that ends in {_SUFFIX[format]}")
+    if file.is_dir():
+        raise UserError(f"--output {file}: is a directory; name a file in it")
+    return file
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters chatter on every channel; what matters is whether the file agrees."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _to_torch(model: nn.Module) -> bytes:
+    batch = torch.export.Dim("N", min=1)
+    example = (torch.zeros(2, 784),)
+    program = torch.export.export(model, example, dynamic_shapes=({0: batch},))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return buffer.getvalue()
+
+
+def _torch_reader(file: Path) -> Callable[[Tensor], Tensor]:
+    with file.open("rb") as stream:
+        module: Callable[[Tensor], Tensor] = torch.export.load(io.BytesIO(stream.read())).module()
+    return module
+
+
+def _to_onnx(model: nn.Module) -> bytes:
+    program = torch.onnx.export(
+        model,
+        (torch.zeros(2, 784),),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    content: bytes = program.model_proto.SerializeToString()
+    return content
+
+
+def _onnx_reader(file: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime  # of the extra "onnx"
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+    def logits(images: Tensor) -> Tensor:
+        (found,) = session.run(["logits"], {"images": images.numpy()})
+        return torch.from_numpy(found)
+
+    return logits
+
+
+@torch.inference_mode()
+def _compare(exported: Callable[[Tensor], Tensor], model: nn.Module, file: Path) -> float:
+    """The largest difference of a logit. Raises JobError if it is too large."""
+    images = pixels(load(locate("bundled", None)).test.images)
+    largest, scale = 0.0, 1.0
+    for size in _BATCHES:
+        expected = model(images[:size])
+        difference = (exported(images[:size]) - expected).abs().max().item()
+        # A nan is neither larger nor smaller than anything.
+        largest = difference if not difference <= largest else largest
+        scale = max(scale, expected.abs().max().item())
+    if not largest <= _TOLERANCE * scale:
+        raise JobError(
+            f"{file}: not written: the exported model's logits differ by {largest:.1e} from the "
+            "original's; this is a bug, or another version of torch is needed"
+        )
+    return largest

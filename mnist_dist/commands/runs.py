@@ -1,0 +1,190 @@
+"""`mnist-dist runs`: a table of what was run. Needs no torch, so it is quick."""
+
+import contextlib
+import fcntl
+import json
+import math
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from mnist_dist.errors import UserError
+from mnist_dist.flags import parse_flags
+
+
+@dataclass(frozen=True)
+class RunsConfig:
+    """List the runs in a directory: how each ended, on what, and how good it is."""
+
+    directory: Annotated[str, Positional, arg(metavar="DIRECTORY")] = "runs"
+    """Directory with runs in it, or one run's own."""
+
+    json: FlagCreatePairsOff[bool] = False
+    """Print a JSON array with an object for each run."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run, as its files tell it; None where they do not."""
+
+    path: str
+    status: str
+    """running, completed, preempted or failed, as the run wrote it; killed: it wrote running, but
+    its process on this host is gone; unreadable: it has no status.json that can be read."""
+    data: str | None
+    """What it was trained on, in a word or two."""
+    world_size: int | None
+    epoch: int | None
+    """Epochs finished."""
+    epochs: int | None
+    """Epochs asked for."""
+    best_validation_loss: float | None
+    test_accuracy: float | None
+    """Of the best epoch's weights; None before the run completed."""
+
+
+def list_runs(directory: str | Path = "runs") -> list[RunSummary]:
+    """Summaries of the runs in `directory`, by name, that is by age; other things are left out.
+
+    Raises:
+        UserError: there is no such directory, or it cannot be read.
+    """
+    path = Path(directory)
+    if _is_run(path):
+        return [_summary(path)]
+    try:
+        return [_summary(child) for child in sorted(path.iterdir()) if _is_run(child)]
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror}; name the directory that holds your runs"
+        ) from error
+
+
+def run(flags: Sequence[str]) -> int:
+    """The command."""
+    config = parse_flags(RunsConfig, flags, "mnist-dist runs")
+    runs = list_runs(config.directory)
+    if config.json:
+        print(json.dumps([asdict(summary) for summary in runs]))
+    elif runs:
+        _print_table(runs)
+    else:
+        print(f"no runs in {config.directory}")
+    return 0
+
+
+def _is_run(path: Path) -> bool:
+    """Whether training made this directory, however broken it may be."""
+    with contextlib.suppress(OSError):
+        ours = ("status.json", "checkpoints", "metrics.jsonl")
+        return path.is_dir() and any((path / name).exists() for name in ours)
+    return False
+
+
+def _summary(path: Path) -> RunSummary:
+    status, config, environment = (
+        _read(path / name) for name in ("status.json", "config.json", "environment.json")
+    )
+    records = list(_records(path / "metrics.jsonl"))
+    losses = [loss for record in records if (loss := _number(record, "val/loss")) is not None]
+    accuracies = [a for record in records if (a := _number(record, "test/accuracy")) is not None]
+    word = _text(status, "status") or "unreadable"
+    # A run that was extended has the test figures of its shorter self, too: the last ones count.
+    tested = word == "completed" and accuracies
+    return RunSummary(
+        path=str(path),
+        status="killed" if word == "running" and _is_gone(path, environment) else word,
+        data=_data(config, environment),
+        world_size=_count(environment, "world_size"),
+        epoch=_count(status, "epoch"),
+        epochs=_count(config, "epochs"),
+        best_validation_loss=min(losses, default=None),
+        test_accuracy=accuracies[-1] if tested else None,
+    )
+
+
+def _is_gone(path: Path, environment: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote this run from this host has ended without a word.
+
+    A run holds a lock on its directory, which the kernel frees; of other hosts we cannot tell.
+    """
+    if environment.get("host") != socket.gethostname():
+        return False
+    with contextlib.suppress(OSError), (path / ".lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+    return False
+
+
+def _data(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str | None:
+    """In a word or two: MNIST, bundled, or what the user's file is called."""
+    given = _text(config, "data")
+    description = _text(environment, "data")
+    if description is None:
+        name = given
+    elif description.startswith(("MNIST,", "bundled ")):
+        name = description.split(",")[0].split(" ")[0]
+    else:
+        name = Path(given).name if given else description
+    samples = _count(config, "train_samples")
+    return f"{name}, first {samples:,}" if name and samples else name
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    """The JSON object in `file`; an empty one if there is none."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(file.read_text())
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def _records(file: Path) -> Iterator[Mapping[str, Any]]:
+    """The JSON objects in a file of lines, without what is none."""
+    with contextlib.suppress(OSError), file.open(errors="replace") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):
+                content = json.loads(line)
+                if isinstance(content, dict):
+                    yield content
+
+
+def _number(values: Mapping[str, Any], name: str) -> float | None:
+    value = values.get(name)
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good and value is not None else None
+
+
+def _count(values: Mapping[str, Any], name: str) -> int | None:
+    value = _number(values, name)
+    return None if value is None else int(value)
+
+
+def _text(values: Mapping[str, Any], name: str) -> str | None:
+    """Text out of a file, without what would play tricks on a terminal."""
+    value = values.get(name)
+    return _printable(value)[:60] if isinstance(value, str) and value else None
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _print_table(runs: Sequence[RunSummary]) -> None:
+    rows = [["run", "status", "data", "processes", "epochs", "best val loss", "test accuracy"]]
+    for it in runs:
+        epochs = None if it.epoch is None else f"{it.epoch}/{it.epochs or '?'}"
+        loss = None if it.best_validation_loss is None else f"{it.best_validation_loss:.4f}"
+        accuracy = None if it.test_accuracy is None else f"{it.test_accuracy:.2%}"
+        cells = (_printable(it.path), it.status, it.data, it.world_size, epochs, loss, accuracy)
+        rows.append(["-" if cell is None else str(cell) for cell in cells])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(padded).rstrip())

@@ -1,0 +1,139 @@
+"""A trained model, found by the name of its run or of its checkpoint."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mnist_dist.checkpoint import load_checkpoint
+from mnist_dist.errors import UserError
+from mnist_dist.model import MLP
+
+_REMEDY = "name a run's directory or a checkpoint of this project"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model and what its checkpoint says of its training. Picklable."""
+
+    model: MLP
+    """In evaluation mode, on the CPU."""
+    checkpoint: Path
+    epoch: int | None
+    """Epochs of training behind it; None if the file holds weights alone."""
+    data_fingerprint: str | None
+    """Of the data it was trained on, as `Dataset.fingerprint`."""
+    train_samples: int | None
+    """It was trained on the first so many samples only; None: on all."""
+    data: str = "auto"
+    """The run's --data, where the run's config.json is still beside the checkpoint."""
+    cache_dir: str | None = None
+    """The run's --cache-dir, likewise."""
+
+    @property
+    def description(self) -> str:
+        """The checkpoint's name and age, in one phrase for a person."""
+        age = "" if self.epoch is None else f" (weights of epoch {self.epoch})"
+        return f"{self.checkpoint}{age}"
+
+
+def load_model(path: str | Path) -> MLP:
+    """The model in a checkpoint, or that of a run's best epoch.
+
+    Args:
+        path: a run's directory (its `checkpoints/best.pt` is meant) or a checkpoint, which may have
+            been copied away from its sidecar. Nothing in the file is ever executed.
+
+    Returns:
+        The plain model in evaluation mode, on the CPU: (N, 784) float32, byte/256, to (N, 10)
+        float32 logits.
+
+    Raises:
+        UserError: there is none, it is damaged, or it holds another model.
+    """
+    return load_trained(path).model
+
+
+def load_trained(path: str | Path) -> TrainedModel:
+    """As `load_model`, with what the checkpoint says of its training."""
+    checkpoint = find_checkpoint(Path(path))
+    try:
+        saved = load_checkpoint(checkpoint, needs_sidecar=False)
+    except UserError as error:
+        raise UserError(f"{error}; {_REMEDY}") from error
+    # Weights alone, as the original script saved them, are as good.
+    weights = saved.get("model", saved) if isinstance(saved, dict) else None
+    identity = saved.get("identity") if isinstance(saved, dict) else None
+    identity = identity if isinstance(identity, dict) else {}
+    return TrainedModel(
+        _model(weights, checkpoint),
+        checkpoint,
+        _typed(saved, "epoch", int),
+        _typed(identity, "data", str),
+        _typed(identity, "train_samples", int),
+        **_data_of_run(checkpoint),
+    )
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or best.pt of the run whose directory it is.
+
+    Raises:
+        UserError: it is neither.
+    """
+    path = path.expanduser() if path.parts[:1] == ("~",) else path
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        fault = "is no file" if path.exists() else "no such file or directory"
+        raise UserError(f"{path}: {fault}; {_REMEDY}")
+    for best in (path / "checkpoints" / "best.pt", path / "best.pt"):
+        if best.is_file():
+            return best
+    steps = sorted((path / "checkpoints").glob("step_*.pt"))
+    if steps:
+        raise UserError(
+            f"{path}: the run has no best.pt yet: no epoch is finished; name a checkpoint, such as "
+            f"{steps[-1]}"
+        )
+    raise UserError(f"{path}: no run's directory: there is no checkpoints/best.pt; {_REMEDY}")
+
+
+def _model(weights: Any, checkpoint: Path) -> MLP:
+    """`weights` in a model. Raises UserError if they are not those of this project's."""
+    model = MLP()
+    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    if not isinstance(weights, dict) or set(weights) != set(expected):
+        raise UserError(f"{checkpoint}: holds no weights of this project's model; {_REMEDY}")
+    for name, shape in expected.items():
+        weight = weights[name]
+        if not isinstance(weight, Tensor) or tuple(weight.shape) != shape:
+            found = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise UserError(
+                f"{checkpoint}: holds another model: its {name} is {found}, this one's {shape}; "
+                f"{_REMEDY}"
+            )
+        if not (weight.is_floating_point() and torch.isfinite(weight).all()):
+            raise UserError(f"{checkpoint}: not all of its {name} are finite numbers; {_REMEDY}")
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _data_of_run(checkpoint: Path) -> dict[str, Any]:
+    """The data flags in config.json of the run that the checkpoint lies in; {} without one."""
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads((checkpoint.absolute().parent.parent / "config.json").read_text())
+        flags = {name: _typed(config, name, str) for name in ("data", "cache_dir")}
+        return {name: value for name, value in flags.items() if value}
+    return {}
+
+
+def _typed(values: Any, name: str, kind: type) -> Any:
+    """The value under `name` if it is of the kind it should be, else None: files may hold any."""
+    value = values.get(name) if isinstance(values, Mapping) else None
+    return value if isinstance(value, kind) else None

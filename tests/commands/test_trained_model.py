@@ -1,0 +1,158 @@
+"""A run's directory or a checkpoint gives the model; anything else is one line."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import ROOT, completed_run
+
+import mnist_dist
+from mnist_dist.__main__ import main
+from mnist_dist.model import MLP
+
+
+def test_a_run_stands_for_its_best_checkpoint(trained: Path) -> None:
+    model = mnist_dist.load_model(trained)
+    saved = torch.load(trained / "checkpoints" / "best.pt", weights_only=True)["model"]
+    assert not model.training
+    assert isinstance(model, MLP)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, saved[name]), name
+
+
+def test_a_checkpoint_its_directory_and_a_copy_are_as_good(trained: Path, tmp_path: Path) -> None:
+    best = trained / "checkpoints" / "best.pt"
+    weights = torch.load(best, weights_only=True)["model"]
+    torch.save(weights, tmp_path / "weights.pt")
+    copy = shutil.copy(best, tmp_path / "copy.pt")
+    for path in (best, str(best), best.parent, copy, tmp_path / "weights.pt"):
+        assert torch.equal(mnist_dist.load_model(path).out.weight, weights["out.weight"]), path
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    check = (
+        "import sys, mnist_dist; assert 'torch' not in sys.modules; assert 'tyro' not in "
+        "sys.modules; mnist_dist.list_runs; assert 'torch' not in sys.modules; "
+        "mnist_dist.load_model; assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
+
+
+def test_every_name_that_the_package_offers_is_there() -> None:
+    assert set(mnist_dist.__all__) <= set(dir(mnist_dist))
+    for name in mnist_dist.__all__:
+        assert getattr(mnist_dist, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        mnist_dist.nonsense  # noqa: B018
+
+
+class Trap:
+    """What a hostile pickle would run."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("trapped",)
+
+
+def saved(trained: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(trained / "checkpoints" / "best.pt", weights_only=True)
+    return content
+
+
+def other_shape(trained: Path, file: Path) -> None:
+    content = saved(trained)
+    content["model"]["hidden1.weight"] = torch.zeros(64, 784)
+    torch.save(content, file)
+
+
+def not_finite(trained: Path, file: Path) -> None:
+    content = saved(trained)
+    content["model"]["out.bias"][3] = float("nan")
+    torch.save(content, file)
+
+
+def no_tensors(trained: Path, file: Path) -> None:
+    torch.save({"model": dict.fromkeys(saved(trained)["model"], "weights")}, file)
+
+
+def cut_short(trained: Path, file: Path) -> None:
+    file.write_bytes((trained / "checkpoints" / "best.pt").read_bytes()[:5000])
+
+
+def with_foreign_sidecar(trained: Path, file: Path) -> None:
+    shutil.copy(trained / "checkpoints" / "best.pt", file)
+    content = (trained / "checkpoints" / "best.json").read_text()
+    wrong = {"sha256": "0" * 64, "replaces": None}
+    assert "sha256" in content
+    file.with_suffix(".json").write_text(str(wrong).replace("'", '"').replace("None", "null"))
+
+
+def with_broken_sidecar(trained: Path, file: Path) -> None:
+    shutil.copy(trained / "checkpoints" / "best.pt", file)
+    file.with_suffix(".json").write_text("[]")
+
+
+def of_another_project(trained: Path, file: Path) -> None:
+    torch.save({"model": torch.nn.Linear(3, 4).state_dict(), "epoch": 3}, file)
+
+
+def whole_module(trained: Path, file: Path) -> None:
+    torch.save(MLP(), file)
+
+
+BAD: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
+    "another project": (of_another_project, "holds no weights of this project's model"),
+    "a list": (lambda _, file: torch.save([1, 2], file), "holds no weights"),
+    "another shape": (other_shape, "hidden1.weight is (64, 784), this one's (128, 784)"),
+    "no tensors": (no_tensors, "hidden1.weight is str"),
+    "not finite": (not_finite, "not all of its out.bias are finite"),
+    "text": (lambda _, file: file.write_text("weights"), "not a checkpoint"),
+    "empty": (lambda _, file: file.write_bytes(b""), "not a checkpoint"),
+    "cut short": (cut_short, "not a checkpoint"),
+    "a whole module": (whole_module, "not a checkpoint"),
+    "a trap": (lambda _, file: torch.save({"model": Trap()}, file), "not a checkpoint"),
+    "a bare trap": (lambda _, file: file.write_bytes(pickle.dumps(Trap())), "not a checkpoint"),
+    "a foreign sidecar": (with_foreign_sidecar, "SHA-256 differs"),
+    "a broken sidecar": (with_broken_sidecar, "not a checkpoint's sidecar"),
+    "a directory": (lambda _, file: file.mkdir(), "no run's directory"),
+    "nothing": (lambda _, file: None, "no such file or directory"),
+    "a pipe": (lambda _, file: os.mkfifo(file), "is no file"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("command", ["predict", "export"])
+def test_what_is_no_checkpoint_is_one_line_and_nothing_in_it_runs(
+    command: str,
+    kind: str,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, says = BAD[kind]
+    make(trained, tmp_path / "given.pt")
+    before = sorted(tmp_path.iterdir())
+    rest = {"predict": ["picture.png"], "export": ["--format=torch"]}[command]
+    assert main([command, "given.pt", *rest]) == 2
+    said = capfd.readouterr()
+    (line,) = said.err.splitlines()
+    assert line.startswith("mnist-dist: error: given.")
+    assert says in line
+    assert "name a run's directory or a checkpoint" in line
+    assert said.out == ""
+    assert sorted(tmp_path.iterdir()) == before, "nothing was made, and no trap sprung"
+
+
+def test_a_run_without_a_finished_epoch_says_which_checkpoint_there_is(tmp_path: Path) -> None:
+    run = completed_run(tmp_path, 1, "--data=bundled", "--train-samples=100", "--epochs=1")
+    (run / "checkpoints" / "best.pt").unlink()
+    with pytest.raises(mnist_dist.UserError, match=r"no best\.pt yet.*step_00000002\.pt"):
+        mnist_dist.load_model(run)
