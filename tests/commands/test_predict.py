@@ -17,6 +17,7 @@ from PIL import Image
 from processes import command
 
 import mnist_dist
+from mnist_dist import handwriting
 from mnist_dist.__main__ import main
 from mnist_dist.data import Split, load, locate
 from mnist_dist.model import MLP
@@ -313,3 +314,15 @@ def test_a_pictures_prediction_does_not_depend_on_its_company(
     files = sorted((tmp_path / "pictures").iterdir())
     together: list[Any] = mnist_dist.predict(model, files)
     assert together == [one for file in files for one in mnist_dist.predict(model, [file])]
+
+
+def test_a_jpeg_from_a_large_camera_is_decoded_at_a_smaller_size(
+    model: MLP, digits: Split, tmp_path: Path
+) -> None:
+    page = one_picture(digits, 5)
+    page.save(tmp_path / "page.jpg")
+    page.resize((9_000, 6_750)).save(tmp_path / "large.jpg")
+    small, large = mnist_dist.predict(model, [tmp_path / "page.jpg", tmp_path / "large.jpg"])
+    assert handwriting._MOST_PIXELS < 9_000 * 6_750
+    assert large.digit == small.digit
+    assert large.probabilities == pytest.approx(small.probabilities, abs=0.05)
