@@ -1,4 +1,4 @@
-"""A job that runs while faults are done to it: its processes by rank, and how it ended."""
+"""A job that runs while faults are done to it: its processes, what they hold, how it ended."""
 
 import contextlib
 import json
@@ -85,6 +85,36 @@ class LiveJob:
                     found[int(entry.name)] = int(ranks[0]) if ranks else None
         return found
 
+    def holdings(self) -> set[str]:
+        """What its processes hold that might outlive them: sockets, shared memory, its files."""
+        held = set(map(str, Path("/dev/shm").iterdir()))
+        for pid in self.alive():
+            with contextlib.suppress(OSError):
+                held |= _shared_memory(Path(f"/proc/{pid}"))
+                for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                    with contextlib.suppress(OSError):
+                        held.add(str(descriptor.readlink()))
+        return {name for name in held if name.startswith(("socket:", "memory:", "/dev/shm/"))}
+
+    def left_over(self, held: set[str], grace: float = 5.0) -> list[str]:
+        """Which of its processes, and of what they `held`, are still there after `grace` seconds.
+
+        Names in /dev/shm that are not in `held` count too: they came after.
+        """
+        deadline = time.monotonic() + grace
+        while (left := self._left_over(held)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return left
+
+    def _left_over(self, held: set[str]) -> list[str]:
+        entries = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        now: set[str] = set().union(*map(_shared_memory, entries))
+        table = Path("/proc/net/unix").read_text().splitlines()[1:]
+        now |= {f"socket:[{line.split()[6]}]" for line in table}
+        before = {name for name in held if name.startswith("/dev/shm/")}
+        files = set(map(str, Path("/dev/shm").iterdir())) - before
+        return [*(f"process {pid}" for pid in self.alive()), *(now & held), *files]
+
     def pid_of(self, rank: int) -> int:
         """The process of `rank`; the only one if there is no launcher."""
         for pid, own in self.alive().items():
@@ -120,3 +150,11 @@ class LiveJob:
 def _is_dead(entry: Path) -> bool:
     state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
     return state in "ZX"
+
+
+def _shared_memory(process: Path) -> set[str]:
+    """The shared memory without a name that a process has mapped, by inode."""
+    with contextlib.suppress(OSError):
+        maps = (process / "maps").read_text().splitlines()
+        return {f"memory:{line.split()[4]}" for line in maps if "/memfd:" in line}
+    return set()
