@@ -25,12 +25,12 @@ from benchmarks.live_job import ROOT, LiveJob
 from mnist_dist.checkpoint import CheckpointStore
 from mnist_dist.errors import UserError
 
-FLAGS = ["--data=bundled", "--train-samples=4000", "--epochs=4", "--global-batch-size=4"]
+FLAGS = ["--data=bundled", "--train-samples=4000", "--epochs=2", "--global-batch-size=4"]
 FLAGS += ["--lr=0.01", "--checkpoint-every-steps=250"]
-STEPS = 4000
+STEPS = 2000
 IN_A_SUM = ROOT / "benchmarks" / "killed_in_sum.py"
 # Seconds after which a job counts as hung; it takes a tenth of that where nothing else runs.
-PATIENCE = 240.0
+PATIENCE = 300.0
 
 
 def kill_in_save(kind: str, count: int) -> tuple[int, int]:

@@ -86,21 +86,18 @@ class LiveJob:
         return found
 
     def holdings(self) -> set[str]:
-        """What its processes hold that might outlive them: sockets, shared memory, its files."""
-        held = set(map(str, Path("/dev/shm").iterdir()))
+        """What its processes hold that might outlive them: sockets and shared memory, by inode."""
+        held: set[str] = set()
         for pid in self.alive():
             with contextlib.suppress(OSError):
                 held |= _shared_memory(Path(f"/proc/{pid}"))
                 for descriptor in Path(f"/proc/{pid}/fd").iterdir():
                     with contextlib.suppress(OSError):
                         held.add(str(descriptor.readlink()))
-        return {name for name in held if name.startswith(("socket:", "memory:", "/dev/shm/"))}
+        return {name for name in held if name.startswith(("socket:", "memory:"))}
 
     def left_over(self, held: set[str], grace: float = 5.0) -> list[str]:
-        """Which of its processes, and of what they `held`, are still there after `grace` seconds.
-
-        Names in /dev/shm that are not in `held` count too: they came after.
-        """
+        """Its processes, and things among `held`, that are still there after `grace` seconds."""
         deadline = time.monotonic() + grace
         while (left := self._left_over(held)) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -109,11 +106,10 @@ class LiveJob:
     def _left_over(self, held: set[str]) -> list[str]:
         entries = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
         now: set[str] = set().union(*map(_shared_memory, entries))
+        now |= set(map(_file_identity, Path("/dev/shm").iterdir()))
         table = Path("/proc/net/unix").read_text().splitlines()[1:]
         now |= {f"socket:[{line.split()[6]}]" for line in table}
-        before = {name for name in held if name.startswith("/dev/shm/")}
-        files = set(map(str, Path("/dev/shm").iterdir())) - before
-        return [*(f"process {pid}" for pid in self.alive()), *(now & held), *files]
+        return [*(f"process {pid}" for pid in self.alive()), *(now & held)]
 
     def pid_of(self, rank: int) -> int:
         """The process of `rank`; the only one if there is no launcher."""
@@ -153,8 +149,18 @@ def _is_dead(entry: Path) -> bool:
 
 
 def _shared_memory(process: Path) -> set[str]:
-    """The shared memory without a name that a process has mapped, by inode."""
+    """The shared memory that a process has mapped, with or without a name, by inode."""
     with contextlib.suppress(OSError):
-        maps = (process / "maps").read_text().splitlines()
-        return {f"memory:{line.split()[4]}" for line in maps if "/memfd:" in line}
+        maps = [line.split() for line in (process / "maps").read_text().splitlines()]
+        shared = [m for m in maps if m[5:] and m[5].startswith(("/memfd:", "/dev/shm/"))]
+        return {f"memory:{device}:{inode}" for _, _, _, device, inode, *_ in shared}
     return set()
+
+
+def _file_identity(file: Path) -> str:
+    """As /proc/PID/maps has it."""
+    with contextlib.suppress(FileNotFoundError):
+        about = file.stat()
+        device = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}"
+        return f"memory:{device}:{about.st_ino}"
+    return ""
