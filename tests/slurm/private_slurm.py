@@ -7,6 +7,7 @@ share this machine's network and processes.
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ def missing() -> str | None:
 class Cluster:
     """Two nodes, n1 and n2; partition `main`, and `low`, whose jobs `main` takes the place of."""
 
-    def __init__(self, directory: Path, cpus: int = 4) -> None:
+    def __init__(self, directory: Path, cpus: int = 12) -> None:
         """Start the daemons and wait until the nodes are idle. `directory` has a short path."""
         self.directory = directory
         self.nodes = ("n1", "n2")
@@ -55,6 +56,8 @@ class Cluster:
         hostname = os.uname().nodename.partition(".")[0]
         settings = {
             "ClusterName": "test",
+            # Ports are made from jobs' numbers: two such clusters on a machine must not share them.
+            "FirstJobId": random.randrange(1, 1_000_000),
             "SlurmctldHost": f"{hostname}(127.0.0.1)",
             "SlurmUser": "root",
             "SlurmdUser": "root",
@@ -171,14 +174,19 @@ class Cluster:
         for pid in self.processes("slurmstepd"):
             end(pid)
 
-    def processes(self, marker: str) -> list[int]:
-        """Living processes of this cluster's jobs or daemons with `marker` in their command."""
-        own = f"SLURM_CONF={self.directory}/slurm.conf".encode()
+    def processes(self, marker: str, *variables: str) -> list[int]:
+        """Living processes of this cluster with `marker` in their command.
+
+        Args:
+            marker: any part of the command line.
+            variables: NAME=VALUE, each of them in the process's environment.
+        """
+        own = {f"SLURM_CONF={self.directory}/slurm.conf".encode(), *map(str.encode, variables)}
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
-                words = (entry / "cmdline").read_bytes()
-                if marker.encode() in words and own in (entry / "environ").read_bytes():
+                command, environment = ((entry / n).read_bytes() for n in ("cmdline", "environ"))
+                if marker.encode() in command and own <= set(environment.split(b"\0")):
                     found.append(int(entry.name))
         return found
 
