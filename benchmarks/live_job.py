@@ -131,6 +131,11 @@ class LiveJob:
         self.until(lambda: "epoch " in self.output.partition("run    ")[2] or self.ended)
 
     @property
+    def trains(self) -> bool:
+        """Whether its ranks have begun to take steps, and its launcher lives."""
+        return not self.ended and "\nstep   " in self.output
+
+    @property
     def ended(self) -> bool:
         """Whether the launcher has ended."""
         return self.launcher.poll() is not None

@@ -50,6 +50,18 @@ def torchrun_environment(rank: int, world_size: int, port: int, run_id: str) -> 
     }
 
 
+def hosts_of(*ranks_on: int) -> list[dict[str, str]]:
+    """What torchrun tells the ranks of several hosts, here all on this one."""
+    world_size, port = sum(ranks_on), free_port()
+    environments: list[dict[str, str]] = []
+    for host, count in enumerate(ranks_on):
+        for local_rank in range(count):
+            own = torchrun_environment(len(environments), world_size, port, f"test-{port}")
+            own |= {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(count)}
+            environments.append(own | {"GROUP_RANK": str(host)})
+    return environments
+
+
 def run_ranks(
     target: Callable[..., Any],
     world_size: int,

@@ -1,25 +1,16 @@
 """Sums in shared memory: right to the last bit, on one host and over several; nothing is left."""
 
-import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from processes import (
-    ROOT,
-    completed_run,
-    free_port,
-    metrics,
-    run_job,
-    run_ranks,
-    torchrun_environment,
-)
+from processes import completed_run, hosts_of, metrics, run_job, run_ranks
 
+from benchmarks.faults import IN_A_SUM
+from benchmarks.live_job import LiveJob
 from mnist_dist.launcher import read_launch
 from mnist_dist.shared_memory import HostSum
 from mnist_dist.world import join
@@ -57,20 +48,8 @@ def test_every_rank_has_the_sum_in_the_order_of_ranks_to_the_last_bit(world_size
     assert all(other == first for other in others)
 
 
-def two_hosts(*ranks_on: int) -> list[dict[str, str]]:
-    """What torchrun tells the ranks of several hosts, here all on this one."""
-    world_size, port = sum(ranks_on), free_port()
-    environments: list[dict[str, str]] = []
-    for host, count in enumerate(ranks_on):
-        for local_rank in range(count):
-            own = torchrun_environment(len(environments), world_size, port, f"test-{port}")
-            own |= {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(count)}
-            environments.append(own | {"GROUP_RANK": str(host)})
-    return environments
-
-
 def test_hosts_add_up_their_own_sums_and_then_each_others() -> None:
-    first, *others = run_ranks(sums, 5, 3, environments=two_hosts(3, 2))
+    first, *others = run_ranks(sums, 5, 3, environments=hosts_of(3, 2))
     assert all(other == first for other in others)
     position = 0
     for call in range(3):
@@ -104,7 +83,7 @@ def test_a_run_over_hosts_gives_the_same_numbers(
 ) -> None:
     alone = losses(completed_run(tmp_path / "alone", 1, *FLAGS))
     ended = run_job(
-        tmp_path, sum(ranks_on), "--run-dir=run", *FLAGS, environments=two_hosts(*ranks_on)
+        tmp_path, sum(ranks_on), "--run-dir=run", *FLAGS, environments=hosts_of(*ranks_on)
     )
     assert [rank.code for rank in ended] == [0] * sum(ranks_on), ended
     assert f"step   by hand, gradients over {said}" in ended[0].out
@@ -142,43 +121,29 @@ def test_a_rank_that_leaves_or_hangs_is_an_error_of_the_others(how: str, said: s
 
 
 def test_ranks_killed_in_the_middle_leave_nothing_behind(tmp_path: Path) -> None:
-    def left_behind() -> list[str]:
-        sockets = Path("/proc/net/unix").read_text().splitlines()
-        return [line for line in sockets if "mnist-dist" in line] + os.listdir("/dev/shm")  # noqa: PTH208
-
-    before = left_behind()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = ["--data=bundled", "--epochs=1000", "--run-dir=run"]
-    job = subprocess.Popen(
-        [*torchrun, str(ROOT / "train_ddp.py"), *flags],
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert job.poll() is None
-            time.sleep(0.05)
-        ranks = [
-            int(entry.name)
-            for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and parent_of(int(entry.name)) == job.pid
-        ]
+    with LiveJob(tmp_path, 2, "--data=bundled", "--epochs=1000") as job:
+        job.until(lambda: (job.run / "metrics.jsonl").exists())
+        ranks = [pid for pid, rank in job.alive().items() if rank is not None]
         maps = [Path(f"/proc/{rank}/maps").read_text() for rank in ranks]
         assert ["memfd:mnist-dist-sum" in text for text in maps] == [True, True]
-    finally:
-        for pid in (*ranks, job.pid):
+        held = job.holdings()
+        assert set(job.left_over(held, grace=0)) > {f"process {pid}" for pid in ranks}
+        for pid in (*ranks, job.launcher.pid):
             os.kill(pid, signal.SIGKILL)
-        job.wait()
-    deadline = time.monotonic() + 5  # for the kernel to take the processes apart
-    while left_behind() != before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert left_behind() == before
+        job.launcher.wait()
+        assert job.left_over(held) == []
 
 
-def parent_of(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
+@pytest.mark.parametrize(("ranks", "told"), [(2, 0), (3, 1)])
+def test_a_rank_killed_inside_a_sum_ends_the_others_and_leaves_nothing_behind(
+    ranks: int, told: int, tmp_path: Path
+) -> None:
+    """Its part is there; the others are told so, or not."""
+    place = {"KILLED_IN_SUM": f"1:2000:{told}"}
+    flags = ["--data=bundled", "--epochs=1000"]
+    with LiveJob(tmp_path, ranks, *flags, script=IN_A_SUM, environment=place) as job:
+        job.until(lambda: job.trains or job.ended)
+        held = job.holdings()
+        assert job.wait(timeout=60) == 1
+        assert "rank(s) 1 gave no sign" in job.output
+        assert job.left_over(held) == []

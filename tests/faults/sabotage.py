@@ -86,10 +86,6 @@ def other_flag(flags: list[str]) -> None:
     flags.append("--lr=0.75")
 
 
-def other_data(flags: list[str]) -> None:
-    flags.append("--train-samples=250")
-
-
 FAULTS: dict[str, Callable[[list[str]], None]] = {
     "raise_error": raise_error,
     "not_a_number": not_a_number,
@@ -97,7 +93,6 @@ FAULTS: dict[str, Callable[[list[str]], None]] = {
     "other_weights": other_weights,
     "flipped_weight": flipped_weight,
     "other_flag": other_flag,
-    "other_data": other_data,
 }
 
 

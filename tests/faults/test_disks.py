@@ -78,18 +78,38 @@ def test_a_read_only_run_directory_is_refused_and_unharmed(
     assert "Read-only file system" in line
 
 
-def test_a_run_directory_deleted_while_training_ends_in_one_line_or_completes(
-    tmp_path: Path,
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_directory_deleted_while_training_is_made_anew(
+    processes: int, tmp_path: Path
 ) -> None:
-    """Later checkpoints make the directory anew; the best one may have gone with the old one."""
-    with LiveJob(tmp_path, 2, "--data=bundled", "--epochs=20", "--lr=0.05") as job:
+    """At this rate every epoch is better than the one before: best.pt comes again."""
+    with LiveJob(tmp_path, processes, "--data=bundled", "--epochs=20") as job:
         job.until_training()
-        shutil.rmtree(job.run, ignore_errors=True)
-        code = job.wait(timeout=60)
-        assert 'train_ddp.py", line' not in job.output, "no traceback through our code"
-        if code != 0:
-            lines = [line for line in job.output.splitlines() if line.startswith("mnist-dist:")]
-            assert any(str(job.run.name) in line or "best.pt" in line for line in lines), lines
+        delete(job.run)
+        assert job.wait(timeout=60) == 0, job.output
+        assert "Traceback" not in job.output
+        assert job.status["status"] == "completed"
         newest = checkpoints(job.run)[-1]
         assert torch.load(newest, weights_only=True)["epoch"] == 20
-        assert job.alive() == {}
+
+
+def test_a_deleted_best_checkpoint_that_no_epoch_replaces_is_named_in_the_end(
+    tmp_path: Path,
+) -> None:
+    """At this rate the first epoch stays the best one."""
+    with LiveJob(tmp_path, 1, "--data=bundled", "--epochs=80", "--lr=1e-30") as job:
+        job.until(lambda: (job.run / "checkpoints" / "best.pt").exists())
+        delete(job.run)
+        assert job.wait(timeout=60) == 2, job.output
+        (line,) = [line for line in job.output.splitlines() if "mnist-dist: error" in line]
+        assert "best.pt" in line
+        assert "Traceback" not in job.output
+        newest = checkpoints(job.run)[-1]
+        assert torch.load(newest, weights_only=True)["epoch"] == 80
+
+
+def delete(run: Path) -> None:
+    """Remove it from under a job that goes on writing there."""
+    moved = run.with_name("gone")
+    run.rename(moved)
+    shutil.rmtree(moved)

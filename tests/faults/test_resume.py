@@ -1,6 +1,8 @@
 """Contract C3: a resume at any step, at any world size."""
 
 import json
+import os
+import pickle
 import shutil
 import signal
 from pathlib import Path
@@ -10,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from processes import completed_run, metrics, run_job, run_ranks
+
+from mnist_dist.sharding import Sharding
 
 SMALL = ["--data=bundled", "--train-samples=43", "--global-batch-size=8", "--epochs=2"]
 RECIPE = ["--recipe=tuned", "--lr=0.05"]
@@ -77,31 +81,38 @@ def write_numbered_digits(file: Path, count: int) -> None:
     np.savez(file, x_train=images, y_train=labels, x_test=images[:20], y_test=labels[:20])
 
 
-def train_and_count(flags: list[str], stop_after: int) -> tuple[int, list[int]]:
-    """Run the job in this rank; its exit code, and the numbers of the images it trained on.
+def train_and_count(flags: list[str], stop_after: int) -> tuple[int, list[tuple[int, int]]]:
+    """Run the job in this rank; its exit code, and (epoch, image) of every image it trained on.
 
     It is asked to stop while it works on its `stop_after`-th batch.
     """
-    import os
-
     import train_ddp
     from mnist_dist import engine, interruption
 
     interruption._PERIOD_S = interruption._PERIOD_ALONE_S = (
         0.0  # the ranks compare notes after every step
     )
-    original, used, batches = engine.pixels, [], 0
+    pixels, indices = engine.pixels, Sharding.epoch_indices
+    used: list[tuple[int, int]] = []
+    epoch, batches = -1, 0
 
-    def pixels(images: torch.Tensor) -> torch.Tensor:
+    def counted_pixels(images: torch.Tensor) -> torch.Tensor:
         nonlocal batches
         if not torch.is_inference_mode_enabled():
-            used.extend((images[:, 0].int() * 256 + images[:, 1]).tolist())
+            numbers = (images[:, 0].int() * 256 + images[:, 1]).tolist()
+            used.extend((epoch, number) for number in numbers)
             batches += 1
             if batches == stop_after and os.environ.get("RANK", "0") == "0":
                 os.kill(os.getpid(), signal.SIGTERM)
-        return original(images)
+        return pixels(images)
 
-    engine.pixels = pixels
+    def noted_indices(self: Sharding, number: int) -> torch.Tensor:
+        nonlocal epoch
+        epoch = number
+        return indices(self, epoch=number)
+
+    engine.pixels = counted_pixels
+    Sharding.epoch_indices = noted_indices  # type: ignore[method-assign, assignment]
     return train_ddp.main(flags) or 0, used
 
 
@@ -114,23 +125,32 @@ def test_four_then_two_then_one_then_three_processes_use_every_sample_once_an_ep
     flags += [f"--epochs={epochs}"]
     whole = completed_run(tmp_path, 1, *flags)
     run = tmp_path / "moved"
-    used: list[int] = []
+    used: list[tuple[int, int]] = []
     # 25 steps an epoch: the stops are after steps 10, 31 and 60, each within an epoch.
     for world_size, stop_after, code in ((4, 10, 75), (2, 21, 75), (1, 29, 75), (3, 999, 0)):
         results = run_ranks(train_and_count, world_size, [f"--run-dir={run}", *flags], stop_after)
         assert [result[0] for result in results] == [code] * world_size
-        used += [number for result in results for number in result[1]]
-    counts = np.bincount(used, minlength=samples)
-    assert counts.tolist() == [epochs] * samples
+        used += [pair for result in results for pair in result[1]]
+    assert sorted(used) == [(epoch, n) for epoch in range(epochs) for n in range(samples)]
     for ours, expected in zip(metrics(run), metrics(whole), strict=True):
         for tag in ("train/loss", "val/loss", "test/loss"):
             if tag in expected:
                 assert ours[tag] == pytest.approx(expected[tag], rel=1e-5), tag
 
 
-@pytest.mark.parametrize("damage", [b"", b"cut", b"flip"])
+class Malicious:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.directory),)
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "a flipped bit", "a malicious pickle"])
 def test_a_damaged_newest_checkpoint_is_reported_and_the_older_one_used(
-    damage: bytes, tmp_path: Path
+    damage: str, tmp_path: Path
 ) -> None:
     flags = [*SMALL, "--checkpoint-every-steps=1", "--keep-checkpoints=100"]
     whole = completed_run(tmp_path, 2, *flags)
@@ -139,11 +159,13 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_older_one_used(
     newest = run / "checkpoints" / "step_00000007.pt"
     content = newest.read_bytes()
     flipped = content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
-    newest.write_bytes({b"": b"", b"cut": content[:999], b"flip": flipped}[damage])
+    damaged = {"empty": b"", "truncated": content[:999], "a flipped bit": flipped}
+    newest.write_bytes(damaged.get(damage, pickle.dumps(Malicious(tmp_path / "executed"))))
     first, second = run_job(tmp_path, 2, f"--run-dir={run}", *flags)
     assert (first.code, second.code) == (0, 0)
     assert "step_00000007.pt" in first.err
     assert "resume at step 6, " in first.out
+    assert not (tmp_path / "executed").exists()
     assert comparable(run) == comparable(whole)
 
 
@@ -161,10 +183,10 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_silently_begun_anew(tmp_
 
 def test_checkpoints_are_also_made_by_the_clock(tmp_path: Path) -> None:
     """Every 0.3 s, far more often than an epoch ends."""
-    flags = ["--data=bundled", "--global-batch-size=1", "--epochs=2", "--keep-checkpoints=100"]
+    flags = ["--data=bundled", "--global-batch-size=1", "--epochs=1", "--keep-checkpoints=100"]
     run = completed_run(tmp_path, 2, *flags, "--checkpoint-every-minutes=0.005")
     steps = [int(p.stem[5:]) for p in (run / "checkpoints").glob("step_*.pt")]
-    assert max(steps) == 8000
+    assert max(steps) == 4000
     assert [step for step in steps if step % 4000]
     for step in steps:
         saved = torch.load(run / "checkpoints" / f"step_{step:08d}.pt", weights_only=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from processes import metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.live_job import LiveJob
 
@@ -43,6 +44,12 @@ def final(run: Path) -> dict[str, Any]:
 
 def assert_same_end(run: Path, other: Path) -> None:
     assert comparable(run) == comparable(other)
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    for tag in ("train/loss", "val/loss", "test/loss"):
+        shown = [(point.step, point.value) for point in events.Scalars(tag)]
+        told = [(record["step"], record[tag]) for record in metrics(run) if tag in record]
+        assert shown == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in told], tag
     for name, weight in final(other)["model"].items():
         assert torch.equal(final(run)["model"][name], weight), name
 
@@ -137,9 +144,10 @@ def test_no_process_outlives_its_launcher_and_a_relaunch_continues(
     """Torchrun dies of SIGUSR1 by default, without a word to its workers."""
     with LiveJob(tmp_path, 2, *FLAGS) as job:
         job.until_training()
+        held = job.holdings()
         os.kill(job.launcher.pid, number)
         job.launcher.wait()
-        job.until(lambda: job.alive() == {}, timeout=5)
+        assert job.left_over(held, grace=5) == []
         assert "the launcher is gone" in job.output
     if number == signal.SIGUSR1:
         return
@@ -151,7 +159,7 @@ def test_no_process_outlives_its_launcher_and_a_relaunch_continues(
 def test_the_others_end_by_the_step_timeout_when_a_rank_hangs(tmp_path: Path) -> None:
     with LiveJob(tmp_path, 3, *FLAGS, "--step-timeout=10") as job:
         job.until_training()
-        stopped = job.pid_of(1)
+        stopped, held = job.pid_of(1), job.holdings()
         os.kill(stopped, signal.SIGSTOP)
         ranks = {0, 2}
         job.until(lambda: not ranks & set(job.alive().values()), timeout=40)
@@ -160,7 +168,7 @@ def test_the_others_end_by_the_step_timeout_when_a_rank_hangs(tmp_path: Path) ->
         assert job.status["status"] == "failed"
         os.kill(stopped, signal.SIGKILL)  # as torchrun does, half a minute later
         assert job.wait(timeout=30) == 1
-        assert job.alive() == {}
+        assert job.left_over(held) == []
 
 
 def test_a_rank_that_never_comes_is_named_within_the_setup_timeout(tmp_path: Path) -> None:

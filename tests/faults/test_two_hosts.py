@@ -15,10 +15,10 @@ FLAGS = ["--data=bundled", "--train-samples=800", "--lr=0.05", "--run-dir=run"]
 
 
 def agent(directory: Path, port: int, run_id: str, rank: int, *flags: str) -> subprocess.Popen[str]:
-    """One host's torchrun with two processes, in `directory`."""
+    """One host's torchrun, in `directory`."""
     directory.mkdir(exist_ok=True)
     rendezvous = ["--nnodes=2", f"--node-rank={rank}", "--master-addr=127.0.0.1"]
-    words = [*rendezvous, f"--master-port={port}", f"--rdzv-id={run_id}", "--nproc_per_node=2"]
+    words = [*rendezvous, f"--master-port={port}", f"--rdzv-id={run_id}", "--nproc_per_node=1"]
     script = [str(ROOT / "train_ddp.py"), *FLAGS, *flags]
     log: IO[str] = (directory / "log").open("w")
     return subprocess.Popen(
