@@ -8,6 +8,15 @@ from processes import ROOT, completed_run
 
 SHARED = Path(os.environ.get("MNIST_DIST_SHARED_DATA", ROOT.parent / "shared" / "data")).resolve()
 
+# Tests wait as much as they compute: three at a time take half as long as one after the other, on
+# two cores. More would take the time from jobs whose ends are being waited for.
+_AT_A_TIME = 3
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes run the tests: none but this one if some tests are named."""
+    return _AT_A_TIME if config.args == config.getini("testpaths") else 0
+
 
 @pytest.fixture(autouse=True, scope="session")
 def sealed_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
