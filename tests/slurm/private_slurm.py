@@ -79,6 +79,8 @@ class Cluster:
             "SchedulerParameters": "bf_interval=1,sched_interval=1,batch_sched_delay=0",
             # Nodes may claim more CPUs than there are.
             "SlurmdParameters": "config_overrides",
+            # A job submitted with `nice` leaves the time to the others, also when it is requeued.
+            "PropagatePrioProcess": 1,
             "MpiDefault": "none",
             "MailProg": "/bin/true",
             "SwitchType": "switch/none",

@@ -23,6 +23,7 @@ class Job:
         script: str,
         *flags: str,
         sbatch: str = "",
+        nice: int = 0,
         **variables: str,
     ) -> None:
         self.cluster = cluster
@@ -33,9 +34,22 @@ class Job:
             "ACTIVATE": str(activate) if activate.exists() else "",
             **variables,
         }
-        words = ["sbatch", "--parsable", *sbatch.split(), f"launch/{script}", *flags]
+        words = [
+            "nice",
+            f"-n{nice}",
+            "sbatch",
+            "--parsable",
+            *sbatch.split(),
+            f"launch/{script}",
+            *flags,
+        ]
         done = subprocess.run(
-            words, cwd=checkout, env=environment, capture_output=True, text=True, timeout=30
+            [*words, f"launch/{script}", *flags],
+            cwd=checkout,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=30,
         )
         assert done.returncode == 0, done.stderr
         self.id = done.stdout.strip()
@@ -72,6 +86,10 @@ class Job:
             content: dict[str, Any] = json.loads(file.read_text())
             return content
         return {}
+
+    def processes(self) -> list[int]:
+        """Those that train, on all nodes; under torchrun its agents too."""
+        return self.cluster.processes("train_ddp.py", f"SLURM_JOB_ID={self.id}")
 
     def until(self, *states: str, timeout: float = 90) -> None:
         """Wait until Slurm says one of `states`; another end is an error at once."""

@@ -37,10 +37,30 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """The project as a user has it: jobs run in it and leave their runs there."""
+    return checked_out(tmp_path)
+
+
+def checked_out(directory: Path) -> Path:
     for name in ("mnist_dist", "launch"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "train_ddp.py", tmp_path)
-    return tmp_path
+        shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train_ddp.py", directory)
+    return directory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def limited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job | None:
+    """A job with two minutes to live, which only takes the time that other tests leave.
+
+    Slurm looks at the clock every half minute and warns up to half a minute early, here after 50 to
+    80 s. So the job starts before all tests, if the one that waits for the warning is among them.
+    """
+    items = {item.name for item in request.session.items}
+    if test_slurms_own_warning_saves_and_requeues_until_the_job_is_cancelled.__name__ not in items:
+        return None
+    cluster = request.getfixturevalue("cluster")
+    directory = checked_out(tmp_path_factory.mktemp("limited"))
+    limit = f"{ONE_EACH} --time=2 --signal=B:USR1@40"
+    return Job(cluster, directory, "slurm_srun.sbatch", *ENDLESS, sbatch=limit, nice=19)
 
 
 @cache
@@ -87,20 +107,6 @@ def warn(job: Job) -> None:
     job.cluster.ask("scancel", "--batch", "--signal=USR1", job.id)
 
 
-def test_slurms_own_warning_requeues_the_job_which_goes_on_until_it_is_cancelled(
-    cluster: Cluster, checkout: Path
-) -> None:
-    """Slurm looks every half minute, and warns up to half a minute early: after 20 to 50 s here."""
-    limit = f"{ONE_EACH} --time=1 --signal=B:USR1@10"
-    job = Job(cluster, checkout, "slurm_srun.sbatch", *ENDLESS, sbatch=limit)
-    cluster.until(lambda: "resume at step" in job.output, timeout=150)
-    stopped, _, resumed = job.output.partition("requeued: restart")
-    assert "stopped: SIGTERM at step" in stopped
-    step = int(stopped.partition("stopped: SIGTERM at step ")[2].partition(",")[0])
-    assert f"resume at step {step}," in resumed
-    require_nothing_left_by_scancel(job)
-
-
 def test_an_administrators_requeue_continues_the_same_run(cluster: Cluster, checkout: Path) -> None:
     job = Job(cluster, checkout, "slurm_srun.sbatch", *LONG, sbatch=ONE_EACH)
     job.until_saved()
@@ -109,6 +115,45 @@ def test_an_administrators_requeue_continues_the_same_run(cluster: Cluster, chec
     assert "stopped: SIGTERM at step" in job.output
     assert job.restarts == 1
     require_undisturbed_end(job, *LONG)
+
+
+def test_scancel_leaves_no_process_on_any_node(cluster: Cluster, checkout: Path) -> None:
+    job = Job(cluster, checkout, "slurm_multi_node.sbatch", *ENDLESS)
+    job.until_saved()
+    require_nothing_left_by_scancel(job)
+
+
+def require_nothing_left_by_scancel(job: Job) -> None:
+    assert job.processes()
+    job.cluster.ask("scancel", job.id)
+    job.until("CANCELLED")
+    job.cluster.until(lambda: job.processes() == [], timeout=10)
+    assert job.status["status"] == "preempted", job.output
+    assert job.status["saved_step"] == job.status["step"]
+    assert "requeued: restart" not in job.output.rpartition("launch: the step ended")[2]
+
+
+def test_requeues_are_bounded(cluster: Cluster, checkout: Path) -> None:
+    one = {"MAX_REQUEUES": "1"}
+    job = Job(cluster, checkout, "slurm_srun.sbatch", *ENDLESS, sbatch=ONE_EACH, **one)
+    job.until_saved()
+    warn(job)
+    cluster.until(lambda: "resume at step" in job.output, timeout=90)
+    job.until_saved(job.status["step"] + 1)
+    warn(job)
+    job.until("FAILED")
+    assert "requeued: restart 1 of at most 1" in job.output
+    assert "requeued 1 times already (MAX_REQUEUES=1)" in job.output
+    assert job.restarts == 1
+    assert job.status["status"] == "preempted"
+
+
+def test_slurms_own_warning_saves_and_requeues_until_the_job_is_cancelled(limited: Job) -> None:
+    limited.cluster.until(lambda: "resume at step" in limited.output, timeout=150)
+    stopped, _, resumed = limited.output.partition("requeued: restart")
+    step = int(stopped.rpartition("stopped: SIGTERM at step ")[2].partition(",")[0])
+    assert f"resume at step {step}," in resumed
+    require_nothing_left_by_scancel(limited)
 
 
 @pytest.mark.parametrize("script", ["slurm_single_node.sbatch", "slurm_srun.sbatch"])
@@ -128,40 +173,6 @@ def test_a_preempted_job_saves_in_its_grace_and_continues_when_the_other_is_done
     assert "stopped: SIGTERM at step" in job.output
     assert job.restarts >= 1
     require_undisturbed_end(job, *LONG)
-
-
-def test_scancel_leaves_no_process_on_any_node(cluster: Cluster, checkout: Path) -> None:
-    job = Job(cluster, checkout, "slurm_multi_node.sbatch", *ENDLESS)
-    job.until_saved()
-    require_nothing_left_by_scancel(job)
-
-
-def require_nothing_left_by_scancel(job: Job) -> None:
-    def processes() -> list[int]:
-        return job.cluster.processes("train_ddp.py", f"SLURM_JOB_ID={job.id}")
-
-    assert processes()
-    job.cluster.ask("scancel", job.id)
-    job.until("CANCELLED")
-    job.cluster.until(lambda: processes() == [], timeout=10)
-    assert job.status["status"] == "preempted", job.output
-    assert job.status["saved_step"] == job.status["step"]
-    assert "requeued: restart" not in job.output.rpartition("launch: the step ended")[2]
-
-
-def test_requeues_are_bounded(cluster: Cluster, checkout: Path) -> None:
-    one = {"MAX_REQUEUES": "1"}
-    job = Job(cluster, checkout, "slurm_srun.sbatch", *ENDLESS, sbatch=ONE_EACH, **one)
-    job.until_saved()
-    warn(job)
-    cluster.until(lambda: "resume at step" in job.output, timeout=90)
-    job.until_saved(job.status["step"] + 1)
-    warn(job)
-    job.until("FAILED")
-    assert "requeued: restart 1 of at most 1" in job.output
-    assert "requeued 1 times already (MAX_REQUEUES=1)" in job.output
-    assert job.restarts == 1
-    assert job.status["status"] == "preempted"
 
 
 def test_a_node_set_down_moves_the_job_and_it_continues(cluster: Cluster, checkout: Path) -> None:
