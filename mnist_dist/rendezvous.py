@@ -7,6 +7,7 @@ corner of the store for each generation, and nobody is let in by an old one's no
 """
 
 import json
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def meet(
     hosts_store: bool,
     timeout: float,
     notify: Callable[[str], None] = lambda line: None,
+    flag: str = "--setup-timeout",
 ) -> Store:
     """A store that exactly the `world_size` processes of this generation share.
 
@@ -40,6 +42,7 @@ def meet(
         hosts_store: this process is to host the store; otherwise somebody else does.
         timeout: seconds until this gives up.
         notify: is told, once, why the store cannot be reached yet.
+        flag: the user's name for `timeout`.
 
     Raises:
         MeetingError: the store cannot be reached, or the ranks it names did not come in time.
@@ -49,25 +52,50 @@ def meet(
         require_free(address, port)
     else:
         wait_until_reachable(address, port, deadline, notify)
-    try:
-        shared = TCPStore(
-            # The host of the store may know itself by its name as something else.
-            "localhost" if hosts_store else address,
-            port,
-            is_master=hosts_store,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=max(1.0, deadline - time.monotonic())),
-        )
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise MeetingError(f"cannot open the meeting point {address}:{port}: {reason}") from error
+    shared = _open(address, port, hosts_store, deadline)
     where = f"{address}:{port}"
+    advice = f"or raise {flag}"
     if rank == 0:
-        return _convene(shared, world_size, where, deadline)
-    return _attend(shared, rank, where, deadline)
+        return _convene(shared, world_size, where, deadline, advice)
+    return _attend(shared, rank, where, deadline, advice)
 
 
-def _convene(shared: Store, world_size: int, where: str, deadline: float) -> Store:
+def _open(address: str, port: int, hosts_store: bool, deadline: float) -> Store:
+    """The store that all generations share, at its host or as its client."""
+    opened: list[Store | RuntimeError] = []
+
+    def open_it() -> None:
+        try:
+            store = TCPStore(
+                # The host of the store may know itself by its name as something else.
+                "localhost" if hosts_store else address,
+                port,
+                is_master=hosts_store,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=max(1.0, deadline - time.monotonic())),
+            )
+            opened.append(store)
+        except RuntimeError as error:
+            opened.append(error)
+
+    # A thread, because a client waits for ever for the answer of a program that gives none.
+    opening = threading.Thread(target=open_it, daemon=True)
+    opening.start()
+    opening.join(max(1.0, deadline - time.monotonic()) + 1)
+    if not opened:
+        raise MeetingError(
+            f"the meeting point {address}:{port} is open but silent: another program listens "
+            "there; choose another port"
+        )
+    if isinstance(opened[0], RuntimeError):
+        reason = str(opened[0]).splitlines()[0]
+        raise MeetingError(f"cannot open the meeting point {address}:{port}: {reason}") from opened[
+            0
+        ]
+    return opened[0]
+
+
+def _convene(shared: Store, world_size: int, where: str, deadline: float, advice: str) -> Store:
     """Rank 0: open a generation, wait for everybody's mark, confirm the marks."""
     generation = uuid.uuid4().hex
     corner = PrefixStore(generation, shared)
@@ -79,14 +107,14 @@ def _convene(shared: Store, world_size: int, where: str, deadline: float) -> Sto
             missing = [rank for rank, key in enumerate(keys) if not corner.check([key])]
             raise MeetingError(
                 f"rank(s) {', '.join(map(str, missing))} of {world_size} did not come to the "
-                f"meeting point {where} in time; see what they say, or raise --setup-timeout"
+                f"meeting point {where} in time; see what they say, {advice}"
             )
         time.sleep(_POLL_S)
     corner.set("go", json.dumps([corner.get(key).decode() for key in keys]))
     return corner
 
 
-def _attend(shared: Store, rank: int, where: str, deadline: float) -> Store:
+def _attend(shared: Store, rank: int, where: str, deadline: float, advice: str) -> Store:
     """Other ranks: leave a mark in the current generation until it is confirmed.
 
     The current generation may be a dead one's for a moment: its confirmation has other marks.
@@ -107,5 +135,5 @@ def _attend(shared: Store, rank: int, where: str, deadline: float) -> Store:
         time.sleep(_POLL_S)
     raise MeetingError(
         f"rank {rank}: rank 0 did not open the meeting at {where} in time; see what rank 0 says, "
-        "or raise --setup-timeout"
+        f"{advice}"
     )

@@ -12,6 +12,7 @@ from processes import free_port
 
 from mnist_dist.errors import MeetingError
 from mnist_dist.network import interface_towards, require_free, resolve, wait_until_reachable
+from mnist_dist.rendezvous import meet
 
 
 def test_an_address_and_localhost_resolve() -> None:
@@ -52,6 +53,14 @@ def test_whoever_listens_is_reached_at_once() -> None:
             "localhost", server.getsockname()[1], time.monotonic() + 5, said.append
         )
         assert said == []
+
+
+def test_a_program_that_only_listens_is_not_waited_for_for_ever() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        expected = f"the meeting point 127.0.0.1:{port} is open but silent"
+        with pytest.raises(MeetingError, match=expected):
+            meet(1, 2, "127.0.0.1", port, hosts_store=False, timeout=1)
 
 
 def test_the_interface_towards_another_host_has_this_hosts_address() -> None:
