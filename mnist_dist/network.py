@@ -102,6 +102,11 @@ def require_free(host: str, port: int) -> None:
         time.sleep(0.2)
 
 
+def interfaces() -> dict[str, str]:
+    """This host's network interfaces, each with its IPv4 address, else an empty string."""
+    return {name: _address_of(name) or "" for _, name in socket.if_nameindex()}
+
+
 def interface_towards(address: str) -> tuple[str, str] | None:
     """Name and IPv4 address of the interface by which this host talks to `address`.
 
@@ -111,14 +116,14 @@ def interface_towards(address: str) -> tuple[str, str] | None:
     Returns:
         None where it cannot be told: no IPv4, or not Linux.
     """
-    addresses = {name: own for _, name in socket.if_nameindex() if (own := _address_of(name))}
+    addresses = interfaces()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, 9))  # sends nothing: it only asks which way it would go
             source = probe.getsockname()[0]
         except OSError:
             return None
-    outward = {n: a for n, a in addresses.items() if not a.startswith("127.")}
+    outward = {n: a for n, a in addresses.items() if a and not a.startswith("127.")}
     for name, own in outward.items():
         if own == source:
             return name, own

@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore
+from torch.distributed import PrefixStore, Store
 
 from mnist_dist.errors import MeetingError, ReportedError, UserError
 from mnist_dist.failures import Board, LostContactError, brief, describe, lost_contact
@@ -205,34 +205,23 @@ def join(launch: Launch, device: str, backend: str, timeout: float = 600.0) -> I
     """
     chosen = pick_device(launch, device)
     name = pick_backend(chosen, backend)
-    _choose_threads(launch)
+    choose_threads(launch)
     if launch.world_size == 1:
         yield World(launch, chosen, "none")
         return
-    address = launch.master_addr or ""
     store = meet(
         launch.rank,
         launch.world_size,
-        address,
+        launch.master_addr or "",
         launch.master_port or 0,
         launch.hosts_store,
         timeout,
         notify=_say if launch.local_rank == 0 else lambda line: None,
     )
-    if launch.spans_hosts:
-        _choose_interface(address)
-    dist.init_process_group(
-        name,
-        store=PrefixStore("group", store),
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timedelta(seconds=timeout),
-        device_id=chosen if name == "nccl" else None,
-    )
-    let_gloo_give_way()
+    world = form_group(launch, chosen, name, store, timeout)
     board = Board(store, launch.rank, launch.world_size)
     try:
-        yield World(launch, chosen, name)
+        yield world
     except ReportedError:
         raise
     except Exception as error:
@@ -244,11 +233,37 @@ def join(launch: Launch, device: str, backend: str, timeout: float = 600.0) -> I
     dist.destroy_process_group()
 
 
+def form_group(
+    launch: Launch,
+    device: torch.device,
+    backend: Literal["gloo", "nccl"],
+    store: Store,
+    timeout: float,
+) -> World:
+    """Join the process group of the ranks that share `store`, each with its own `device`.
+
+    Raises:
+        RuntimeError: the backend could not connect the ranks within `timeout` seconds.
+    """
+    if launch.spans_hosts:
+        _choose_interface(launch.master_addr or "")
+    dist.init_process_group(
+        backend,
+        store=PrefixStore("group", store),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timedelta(seconds=timeout),
+        device_id=device if backend == "nccl" else None,
+    )
+    let_gloo_give_way()
+    return World(launch, device, backend)
+
+
 def _say(line: str) -> None:
     print(f"mnist-dist: {line}", file=sys.stderr, flush=True)
 
 
-def _choose_threads(launch: Launch) -> None:
+def choose_threads(launch: Launch) -> None:
     """Share the CPUs of this host out among its ranks, unless OMP_NUM_THREADS says otherwise.
 
     Torchrun sets it to 1 by itself, so that value says nothing there.

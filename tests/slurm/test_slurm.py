@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import cache
@@ -238,3 +240,31 @@ def test_bad_flags_are_one_line_and_not_requeued(cluster: Cluster, checkout: Pat
     assert job.output.count("mnist-dist: error: --lr -1") == 1, job.output
     assert job.restarts == 0
     assert not (checkout / "runs").exists()
+
+
+def srun_doctor(cluster: Cluster, checkout: Path, *options: str) -> tuple[int, list[str]]:
+    """The doctor in two tasks on each node; srun's exit code and the lines it printed."""
+    words = ["srun", "--nodes=2", "--ntasks-per-node=2", *options]
+    done = subprocess.run(
+        [*words, sys.executable, "-m", "mnist_dist", "doctor"],
+        cwd=checkout,
+        env={**cluster.environment, "PYTHONPATH": str(checkout)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_srun_starts_the_doctor_on_all_nodes_and_rank_0_has_the_last_word(
+    cluster: Cluster, checkout: Path
+) -> None:
+    code, lines = srun_doctor(cluster, checkout)
+    assert code == 0, lines
+    assert lines[0] == "mnist-dist doctor: 4 processes (srun)"
+    assert any("6 pairs of ranks, both ways" in line for line in lines)
+    assert lines[-1].endswith("4 ranks on 2 hosts can train together")
+    assert not (checkout / "runs").exists()
+    code, lines = srun_doctor(cluster, checkout, "--export=ALL,GLOO_SOCKET_IFNAME=eth7")
+    assert code == 1
+    assert "there is no interface eth7 (ranks 0-1 on n1, 2-3 on n2)" in lines[-1]

@@ -16,7 +16,7 @@ LAYERS = [
     {"gradients"},
     {"steps"},
     {"sharding", "checkpoint", "tracking", "profiling", "run_directory", "interruption", "data"},
-    {"record", "handwriting", "trained_model"},
+    {"record", "handwriting", "trained_model", "doctor"},
     {"engine"},
     {"train_ddp", "commands"},
     {"__main__"},

@@ -1,0 +1,156 @@
+"""What one rank says of itself: versions, device, network, CPUs, settings."""
+
+import contextlib
+import ipaddress
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mnist_dist.errors import UserError
+from mnist_dist.launcher import Launch
+from mnist_dist.network import interface_towards, interfaces
+from mnist_dist.run_directory import code_digest, environment_facts
+from mnist_dist.threads import cpus_allowed
+from mnist_dist.world import choose_threads, pick_backend, pick_device
+
+_SETTINGS = ("GLOO_", "NCCL_", "TORCH_NCCL_", "OMP_", "MKL_NUM", "CUDA_VISIBLE", "TP_")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One rank, in plain types."""
+
+    rank: int
+    node_rank: int
+    spans_hosts: bool
+    host: str
+    boot: str
+    """Names the running kernel: equal for hosts that are containers on one machine."""
+    pid: int
+    environment: dict[str, Any]
+    code: str
+    """Digest of the package's sources."""
+    code_directory: str
+    device: str
+    backend: Literal["gloo", "nccl"]
+    device_error: str | None
+    gpus: list[str]
+    """The models of the GPUs that torch sees."""
+    gpu_files: int
+    """GPUs that the kernel's driver shows, whether torch sees them or not."""
+    interfaces: dict[str, str]
+    interface: str
+    """The one over which gloo talks: a name, or nothing where it goes by the host's name."""
+    address: str
+    interface_error: str | None
+    threads: int
+    cpus: list[int]
+    """Numbers of the CPUs that this process may use."""
+    cpus_at_once: int
+    settings: dict[str, str]
+
+
+def gather_facts(launch: Launch, device: str, backend: str) -> tuple[Facts, torch.device]:
+    """Look at this rank, choosing device, threads and interface as training does."""
+    choose_threads(launch)
+    chosen, error = torch.device("cpu"), None
+    name: Literal["gloo", "nccl"] = "gloo"
+    try:
+        chosen = pick_device(launch, device)
+        name = pick_backend(chosen, backend)
+    except (UserError, RuntimeError) as failure:
+        error = str(failure).splitlines()[0]
+    interface, address, interface_error = _gloo_interface(launch)
+    if name == "nccl":
+        interface_error = interface_error or _nccl_interface_error()
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    facts = Facts(
+        rank=launch.rank,
+        node_rank=launch.node_rank,
+        spans_hosts=launch.spans_hosts,
+        host=socket.gethostname(),
+        boot=_read("/proc/sys/kernel/random/boot_id") or socket.gethostname(),
+        pid=os.getpid(),
+        environment=environment_facts(),
+        code=code_digest(),
+        code_directory=str(Path(__file__).parent.parent),
+        device=str(chosen),
+        backend=name,
+        device_error=error,
+        gpus=[torch.cuda.get_device_name(index) for index in range(gpus)],
+        gpu_files=len(list(Path("/dev").glob("nvidia[0-9]*"))) if device != "cpu" else 0,
+        interfaces=interfaces(),
+        interface=interface,
+        address=address,
+        interface_error=interface_error,
+        threads=torch.get_num_threads(),
+        cpus=_cpus(),
+        cpus_at_once=cpus_allowed(),
+        settings={n: v for n, v in sorted(os.environ.items()) if n.startswith(_SETTINGS)},
+    )
+    return facts, chosen
+
+
+def _read(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text().strip()
+    return ""
+
+
+def _cpus() -> list[int]:
+    with contextlib.suppress(AttributeError):  # not on Linux
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _gloo_interface(launch: Launch) -> tuple[str, str, str | None]:
+    """Name and address of the interface over which gloo would talk, and why it cannot."""
+    known = interfaces()
+    if named := os.environ.get("GLOO_SOCKET_IFNAME", ""):
+        first = named.split(",")[0]
+        for name in named.split(","):
+            if name not in known:
+                return named, "", f"GLOO_SOCKET_IFNAME={named}: there is no interface {name}"
+            if not (known[name] or _ipv6(name)):
+                return named, "", f"GLOO_SOCKET_IFNAME={named}: {name} has no address"
+        address = known[first] or _ipv6(first)
+        if launch.spans_hosts and ipaddress.ip_address(address).is_loopback:
+            return named, address, f"GLOO_SOCKET_IFNAME={named}: {first} leads to no other host"
+        return named, address, None
+    if launch.spans_hosts and (found := interface_towards(launch.master_addr or "")):
+        return *found, None
+    return "", _own_address(), None
+
+
+def _ipv6(interface: str) -> str:
+    """The global IPv6 address of an interface, if it has one."""
+    for line in _read("/proc/net/if_inet6").splitlines():
+        digits, _, _, scope, _, name = line.split()
+        if name == interface and scope in ("00", "10"):  # global, host
+            return str(ipaddress.IPv6Address(int(digits, 16)))
+    return ""
+
+
+def _own_address() -> str:
+    """What the host's own name resolves to, if it is the host's; gloo's choice by itself."""
+    with contextlib.suppress(OSError), socket.socket() as probe:
+        address = socket.gethostbyname(socket.gethostname())
+        probe.bind((address, 0))
+        return address
+    return "127.0.0.1"
+
+
+def _nccl_interface_error() -> str | None:
+    """Why NCCL finds no interface: its variable holds beginnings, or `=names`, or `^` of either."""
+    value = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    if not value or value.startswith("^"):
+        return None
+    exact, wanted = value.startswith("="), value.removeprefix("=").split(",")
+    for name in interfaces():
+        if any(name == want if exact else name.startswith(want) for want in wanted):
+            return None
+    return f"NCCL_SOCKET_IFNAME={value}: there is no such interface"
