@@ -170,6 +170,7 @@ def begin(job: Job) -> None:
         f"train  {config.epochs} epochs of {job.sharding.steps_per_epoch} steps, global batch "
         f"{config.global_batch_size}, SGD lr {config.lr:g} {config.schedule}, "
         f"momentum {config.momentum:g}, weight decay {config.weight_decay:g}"
+        f"{f', shifts up to {config.random_shift} px' if config.random_shift else ''}"
     )
     job.console.say(f"run    {job.record}")
     if state.step:
@@ -180,6 +181,7 @@ def begin(job: Job) -> None:
 def fit(job: Job) -> None:
     """Train and validate epoch by epoch, from where the state stands."""
     config, state, sharding, world = job.config, job.state, job.sharding, job.world
+    split = job.dataset.train
     choice = Choice(
         autograd=config.backward == "autograd",
         share_memory=config.shared_memory == "auto",
@@ -196,7 +198,9 @@ def fit(job: Job) -> None:
     while state.epoch < config.epochs:
         name = f"epoch {state.epoch + 1:{len(str(config.epochs))}}/{config.epochs}"
         started, first = time.perf_counter(), state.batch
-        steps = train_epoch(step, state.scheduler, job.dataset.train, sharding, state.epoch, first)
+        steps = train_epoch(
+            step, state.scheduler, split, sharding, state.epoch, first, config.random_shift
+        )
         if config.profile and state.epoch == 0 and world.is_main:
             steps = profiled(steps, job.record.directory.path / "profile")
         for loss_sum in job.console.progress(steps, sharding.steps_per_epoch, first, name):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from mnist_dist.augmentation import random_shifts, shifted
 from mnist_dist.data import Split
 from mnist_dist.sharding import Sharding, evaluation_indices
 from mnist_dist.steps import Step
@@ -30,6 +31,7 @@ def train_epoch(
     sharding: Sharding,
     epoch: int,
     first_batch: int = 0,
+    random_shift: int = 0,
 ) -> Iterator[Tensor]:
     """Take the optimizer steps of epoch `epoch` from global batch `first_batch` on.
 
@@ -40,15 +42,18 @@ def train_epoch(
         sharding: this rank's part of each global batch.
         epoch: 0-based; chooses the permutation.
         first_batch: global batches of this epoch that are already done.
+        random_shift: the largest shift of a global batch's images, in pixels.
 
     Yields:
         After each step, this rank's sum of cross entropies over its part: () float32, detached.
     """
     indices = sharding.epoch_indices(epoch).to(split.images.device)
-    for batch in range(first_batch, sharding.steps_per_epoch):
+    batches = sharding.steps_per_epoch
+    shifts = random_shifts(random_shift, sharding.seed, epoch, batches)
+    for batch in range(first_batch, batches):
         # index_select takes a fifth of the time of images[part].
         part = indices[sharding.local_slice(batch)]
-        images = split.images.index_select(0, part)
+        images = shifted(split.images.index_select(0, part), *shifts[batch])
         labels = split.labels.index_select(0, part)
         loss_sum = step(pixels(images), labels, sharding.batch_samples(batch))
         if scheduler is not None:

@@ -41,7 +41,7 @@ def test_every_world_size_gives_the_same_losses(
 
 
 def test_the_tuned_recipe_is_the_same_at_every_world_size(tmp_path: Path) -> None:
-    """Momentum, weight decay and the schedule do not depend on the processes either."""
+    """Nor do momentum, weight decay, the schedule and the shifts depend on the processes."""
     flags = ["--data=bundled", "--recipe=tuned", "--train-samples=600", "--epochs=2", "--lr=0.02"]
     curves = {w: losses(completed_run(tmp_path, w, *flags)) for w in (1, 2, 3)}
     for world_size in (2, 3):

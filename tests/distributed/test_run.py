@@ -196,6 +196,7 @@ def test_the_same_command_on_a_finished_run_changes_nothing(finished: Path, tmp_
         (["--global-batch-size=32"], "--global-batch-size 32"),
         (["--train-samples=300"], "--train-samples 300"),
         (["--schedule=onecycle"], "--schedule onecycle"),
+        (["--random-shift=1"], "--random-shift 1"),
         (["--epochs=2"], "--epochs 2"),
     ],
 )

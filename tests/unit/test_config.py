@@ -54,6 +54,8 @@ def test_a_saved_config_can_be_given_back_and_flags_win_over_it(tmp_path: Path) 
         (["--momentum=1"], ["--momentum", "1"]),
         (["--weight-decay=-0.1"], ["--weight-decay", "-0.1"]),
         (["--seed=-1"], ["--seed", "-1"]),
+        (["--random-shift=-1"], ["--random-shift", "-1", "0 to 27"]),
+        (["--random-shift=28"], ["--random-shift", "28", "0 to 27"]),
         (["--train-samples=0"], ["--train-samples", "0"]),
         (["--keep-checkpoints=0"], ["--keep-checkpoints", "0"]),
         (["--checkpoint-every-epochs=0"], ["--checkpoint-every-epochs", "0"]),
