@@ -127,8 +127,6 @@ def _share_memory(
 def _average(state: tuple[HostSum, int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """The mean over all ranks of one bucket of gradients, as a communication hook of DDP."""
     host_sum, world_size = state
-    values = bucket.buffer()
-    host_sum.slots[host_sum.turn][: values.numel()].copy_(values)
     future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(values.copy_(host_sum.add_up(values.numel())).div_(world_size))
+    future.set_result(host_sum.sum(bucket.buffer()).div_(world_size))
     return future

@@ -123,6 +123,11 @@ class HostSum:
             self._wait_for_all()
         return result
 
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum a float32 vector over all ranks, in place; returns it. Raises as `add_up`."""
+        self.slots[self.turn][: len(values)].copy_(values)
+        return values.copy_(self.add_up(len(values)))
+
     def _view(self, turn: int, count: int | None) -> tuple[list[Tensor], Tensor, Tensor]:
         """What this rank adds up, where it puts the sum, and where the whole sum will be."""
         *parts, result = self._halves[turn, :, :count].unbind()

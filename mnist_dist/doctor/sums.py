@@ -51,7 +51,7 @@ def by_shared_memory(world: World, seconds: float) -> dict[str, Any]:
         if min(world.gather(world.launch.local_world_size)) == 1:
             return {"unused": "a host has one rank only"}
         try:
-            host_sum = HostSum(world, gradient_bytes(), seconds)
+            host_sum = HostSum(world, gradient_bytes() // 4, seconds)
         except OSError as error:
             return {"refused": str(error)}
         return {"sums": [_measure(world, host_sum.sum, size) for size in sizes()[:2]]}

@@ -28,8 +28,7 @@ def sums(calls: int) -> list[bytes]:
         host_sum = HostSum(world, max(SIZES), timeout=60)
 
         def add_up(mine: torch.Tensor) -> bytes:
-            host_sum.slots[host_sum.turn][: len(mine)].copy_(mine)
-            return host_sum.add_up(len(mine)).numpy().tobytes()
+            return host_sum.sum(mine).numpy().tobytes()
 
         return [add_up(values(world.rank, size, call)) for call in range(calls) for size in SIZES]
 

@@ -136,8 +136,8 @@ def require_nothing_left_by_scancel(job: Job) -> None:
 
 
 def test_requeues_are_bounded(cluster: Cluster, checkout: Path) -> None:
-    one = {"MAX_REQUEUES": "1"}
-    job = Job(cluster, checkout, "slurm_srun.sbatch", *ENDLESS, sbatch=ONE_EACH, **one)
+    script = "slurm_srun.sbatch"
+    job = Job(cluster, checkout, script, *ENDLESS, sbatch=ONE_EACH, MAX_REQUEUES="1")
     job.until_saved()
     warn(job)
     cluster.until(lambda: "resume at step" in job.output, timeout=90)
@@ -227,8 +227,9 @@ def test_an_array_of_three_seeds_is_three_runs(cluster: Cluster, checkout: Path)
 def test_a_head_node_that_is_none_is_said_within_30_seconds(
     cluster: Cluster, checkout: Path
 ) -> None:
-    nowhere = {"MASTER_ADDR": "nosuchnode"}
-    job = Job(cluster, checkout, "slurm_srun.sbatch", *SHORT, sbatch=ONE_EACH, **nowhere)
+    nowhere = "nosuchnode"
+    script = "slurm_srun.sbatch"
+    job = Job(cluster, checkout, script, *SHORT, sbatch=ONE_EACH, MASTER_ADDR=nowhere)
     cluster.until(lambda: "meeting point nosuchnode:" in job.output, timeout=30)
     job.until("FAILED")
     assert "is not known on n2" in job.output
