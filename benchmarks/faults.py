@@ -36,13 +36,15 @@ PATIENCE = 300.0
 def kill_in_save(kind: str, count: int) -> tuple[int, int]:
     """Kill a process that saves, `count` times; unreadable newest checkpoints, stray files."""
     unreadable = stray = 0
+    # Made here: torch's own threads do not survive a fork, and the writer would wait for them.
+    state = {"model": {"w": torch.ones(300, 500)}}
     for _ in range(count):
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder) / "checkpoints"
             directory.mkdir()
             writer = os.fork()  # a new interpreter would spend seconds on importing torch
             if writer == 0:
-                _save_for_ever(directory, kind)
+                _save_for_ever(state, directory, kind)
             while not any(directory.iterdir()):
                 time.sleep(0.001)
             time.sleep(random.uniform(0, 0.12))
@@ -56,9 +58,9 @@ def kill_in_save(kind: str, count: int) -> tuple[int, int]:
     return unreadable, stray
 
 
-def _save_for_ever(directory: Path, kind: str) -> None:
+def _save_for_ever(state: dict[str, Any], directory: Path, kind: str) -> None:
     """What a writer does until it is killed: save one state after another."""
-    killer, state = os.getppid(), {"model": {"w": torch.ones(300, 500)}}
+    killer = os.getppid()
     store = CheckpointStore(directory, 3)
     store.open()
     for step in itertools.count(1):

@@ -44,7 +44,7 @@ class Job:
             *flags,
         ]
         done = subprocess.run(
-            [*words, f"launch/{script}", *flags],
+            words,
             cwd=checkout,
             env=environment,
             capture_output=True,

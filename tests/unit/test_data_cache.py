@@ -5,7 +5,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,16 +63,6 @@ def test_a_second_start_reads_the_cache_and_not_the_source(
     first = locate(str(source), None)
     monkeypatch.setattr("mnist_dist.data.formats.Source.read", None)
     assert locate(str(source), None) == first
-
-
-def test_a_warm_start_of_full_mnist_takes_less_than_50_ms(full_mnist: Path) -> None:
-    read(full_mnist)
-    durations = []
-    for _ in range(5):
-        start = time.perf_counter()
-        read(full_mnist)
-        durations.append(time.perf_counter() - start)
-    assert min(durations) < 0.05
 
 
 def test_a_changed_file_is_converted_anew(source: Path) -> None:
