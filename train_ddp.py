@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 # Before torch, whose import takes seconds: it notes the parent that we are to end with.
@@ -17,10 +18,11 @@ from mnist_dist.launcher import Launch  # isort: skip
 import torch
 from torch.optim.lr_scheduler import OneCycleLR
 
-from mnist_dist import process
+from mnist_dist import process, summary
 from mnist_dist.config import TrainConfig, parse_config
+from mnist_dist.console import Console, Course, Progress
 from mnist_dist.data import Dataset, load, locate
-from mnist_dist.engine import evaluate, train_epoch
+from mnist_dist.engine import Evaluation, evaluate, train_epoch
 from mnist_dist.errors import JobError, Preempted, UserError
 from mnist_dist.failures import LostContactError
 from mnist_dist.gradients import require_compression
@@ -32,9 +34,11 @@ from mnist_dist.record import Record
 from mnist_dist.run_directory import code_digest, find_run_directory
 from mnist_dist.sharding import Sharding
 from mnist_dist.state import TrainState
-from mnist_dist.steps import Choice, build_step
-from mnist_dist.tracking import Console
+from mnist_dist.steps import Choice, Step, build_step
+from mnist_dist.tracking import Look, is_looked_at
 from mnist_dist.world import World, join
+
+_DRAWN_MISTAKES = 24
 
 
 @dataclass(frozen=True)
@@ -160,19 +164,23 @@ def begin(job: Job) -> None:
     world.require_same({"the weights": state.weights_digest()}, "this is a bug, or bad memory")
     data = {"data": job.dataset.description, "data_fingerprint": job.dataset.fingerprint}
     facts = world.facts() | data
-    world.on_main(lambda: job.record.begin(state, config.to_json(), facts))
+    compared = config.compared() | {"world_size": world.world_size}
+    world.on_main(lambda: job.record.begin(state, config.to_json(), facts, compared))
     parameters = sum(p.numel() for p in state.model.parameters())
     hosts = f" on {len(facts['hosts'])} hosts" if len(facts["hosts"]) > 1 else ""
-    job.console.say(f"world  {world.description()}{hosts}, torch {torch.__version__}")
-    job.console.say(f"data   {job.dataset.description}")
-    job.console.say(f"model  784-128-256-10, {parameters:,} parameters")
-    job.console.say(
-        f"train  {config.epochs} epochs of {job.sharding.steps_per_epoch} steps, global batch "
+    fact = job.console.fact
+    fact("world", f"{world.description()}{hosts}, torch {torch.__version__}")
+    fact("data", job.dataset.description)
+    fact("model", f"784-128-256-10, {parameters:,} parameters")
+    fact(
+        "train",
+        f"{config.epochs} epochs of {job.sharding.steps_per_epoch} steps, global batch "
         f"{config.global_batch_size}, SGD lr {config.lr:g} {config.schedule}, "
         f"momentum {config.momentum:g}, weight decay {config.weight_decay:g}"
-        f"{f', shifts up to {config.random_shift} px' if config.random_shift else ''}"
+        f"{f', shifts up to {config.random_shift} px' if config.random_shift else ''}",
     )
-    job.console.say(f"run    {job.record}")
+    fact("watch", summary.view(str(job.record)))
+    fact("run", str(job.record))
     if state.step:
         job.console.say(f"resume at step {state.step}, {state.epoch} epochs done")
     world.begin_steps(config.step_timeout)
@@ -190,44 +198,92 @@ def fit(job: Job) -> None:
         timeout=config.step_timeout,
     )
     step = build_step(state.model, state.optimizer, world, choice)
-    job.console.say(f"step   {step.way}")
+    job.console.fact("step", step.way)
     minutes = config.checkpoint_every_minutes
     stop = StopRequest()
     stop.listen()
     agreement = Agreement(world, stop, minutes * 60 if minutes else None)
-    while state.epoch < config.epochs:
-        name = f"epoch {state.epoch + 1:{len(str(config.epochs))}}/{config.epochs}"
-        started, first = time.perf_counter(), state.batch
-        steps = train_epoch(
-            step, state.scheduler, split, sharding, state.epoch, first, config.random_shift
-        )
-        if config.profile and state.epoch == 0 and world.is_main:
-            steps = profiled(steps, job.record.directory.path / "profile")
-        for loss_sum in job.console.progress(steps, sharding.steps_per_epoch, first, name):
-            state.count_step(loss_sum)
-            save_now = state.step % (config.checkpoint_every_steps or sys.maxsize) == 0
-            if agreement.due() or save_now:
-                compare_notes(job, agreement, save_now)
-        compare_notes(job, agreement, save_now=False)
-        train_loss = sum(note[0] for note in world.gather_numbers([state.loss_sum]))
-        seconds = time.perf_counter() - started
+    course = Course(
+        config.epochs, sharding.steps_per_epoch, sharding.samples, world.world_size, state.step
+    )
+    with job.console.progress(course) as progress:
+        while state.epoch < config.epochs:
+            clock = EpochClock(step, sharding, first := state.batch)
+            steps = train_epoch(
+                step, state.scheduler, split, sharding, state.epoch, first, config.random_shift
+            )
+            if config.profile and state.epoch == 0 and world.is_main:
+                steps = profiled(steps, job.record.directory.path / "profile")
+            for loss_sum in steps:
+                state.count_step(loss_sum)
+                progress.step(state.step, loss_sum)
+                save_now = state.step % (config.checkpoint_every_steps or sys.maxsize) == 0
+                if agreement.due() or save_now:
+                    compare_notes(job, agreement, save_now)
+            compare_notes(job, agreement, save_now=False)
+            train_loss = sum(note[0] for note in world.gather_numbers([state.loss_sum]))
+            trained = {"train/loss": train_loss / sharding.samples, **clock.figures()}
+            finish_epoch(job, trained, progress)
 
-        validation = evaluate(state.model, job.dataset.validation, world)
-        require_same_weights(job)
-        improved = state.finish_epoch(validation.loss)
+
+class EpochClock:
+    """How quickly an epoch is trained, and how large its last gradient is."""
+
+    def __init__(self, step: Step, sharding: Sharding, first: int) -> None:
+        """Start, before global batch `first` of the epoch."""
+        self._step = step
+        self._sharding = sharding
+        self._first = first
+        self._adding_up = step.seconds_adding_up
+        self._started = time.perf_counter()
+
+    def figures(self) -> dict[str, float]:
+        """The figures of the epoch, now that it is trained, by their tags."""
+        seconds = time.perf_counter() - self._started
+        steps = self._sharding.steps_per_epoch - self._first
         figures = {
-            "train/loss": train_loss / sharding.samples,
-            "val/loss": validation.loss,
-            "val/accuracy": validation.accuracy,
-            "lr": state.optimizer.param_groups[0]["lr"],
-            "perf/samples_per_second": sharding.samples_from(first) / seconds,
+            "perf/samples_per_second": self._sharding.samples_from(self._first) / seconds,
+            "perf/step_ms": 1e3 * seconds / max(1, steps),
         }
-        # Recorded before it is saved: dying in between repeats the epoch and cuts its record off.
-        if world.is_main:
-            job.record.figures(state, figures)
-        job.console.epoch(name, figures, seconds)
-        due = state.epoch % config.checkpoint_every_epochs == 0 or state.epoch == config.epochs
-        save(job, figures, best=improved, newest=due)
+        adding_up = self._step.seconds_adding_up
+        if self._sharding.world_size > 1 and adding_up is not None and self._adding_up is not None:
+            figures["perf/communication_share"] = (adding_up - self._adding_up) / seconds
+        if steps > 0 and (norm := self._step.gradient_norm()) is not None:
+            figures["train/gradient_norm"] = norm
+        return figures
+
+
+def finish_epoch(job: Job, trained: dict[str, float], progress: Progress) -> None:
+    """Validate, record, say and save an epoch whose training gave the figures `trained`."""
+    config, state = job.config, job.state
+    drawn = config.tensorboard == "full" and is_looked_at(state.epoch + 1, config.epochs)
+    validation = evaluate(
+        state.model, job.dataset.validation, job.world, _DRAWN_MISTAKES if drawn else 0
+    )
+    require_same_weights(job)
+    improved = state.finish_epoch(validation.loss)
+    figures = {
+        **trained,
+        "val/loss": validation.loss,
+        "val/accuracy": validation.accuracy,
+        "lr": state.optimizer.param_groups[0]["lr"],
+    }
+    # Recorded before it is saved: dying in between repeats the epoch and cuts its record off.
+    if job.world.is_main:
+        job.record.figures(state, figures, look=look_at(job, validation) if drawn else None)
+    progress.epoch(state.epoch, state.step, figures, improved)
+    due = state.epoch % config.checkpoint_every_epochs == 0 or state.epoch == config.epochs
+    save(job, figures, best=improved, newest=due)
+
+
+def look_at(job: Job, validation: Evaluation) -> Look:
+    """What TensorBoard draws of an epoch."""
+    images = job.dataset.validation.images
+    mistakes = [
+        (images[m.index].cpu(), f"{m.label}>{m.predicted} {m.probability:.0%}")
+        for m in validation.mistakes
+    ]
+    return Look("val", validation.confusion, mistakes, job.state.model)
 
 
 def compare_notes(job: Job, agreement: Agreement, save_now: bool) -> None:
@@ -286,17 +342,34 @@ def test(job: Job) -> None:
     state.model.load_state_dict(world.on_main(record.store.load_best)["model"])
     result = evaluate(state.model, job.dataset.test, world)
     figures = {"test/loss": result.loss, "test/accuracy": result.accuracy}
-    settings = job.config.to_json() | {"world_size": world.world_size}
+    look = Look("test", result.confusion) if job.config.tensorboard == "full" else None
     if world.is_main:
-        record.figures(state, figures, {"test/accuracy_by_digit": result.accuracy_by_class})
-    world.on_main(lambda: record.finish(state, settings, figures))
-    job.console.say(
-        f"test   loss {result.loss:.4f}, accuracy {result.accuracy:.2%} of {result.count:,} digits "
-        f"(best.pt: weights of epoch {state.best_epoch})"
-    )
-    shares = "  ".join(f"{digit}: {s:.1%}" for digit, s in enumerate(result.accuracy_by_class))
-    job.console.say(f"       {shares}")
-    job.console.say(f"run    {record}")
+        details = {"test/accuracy_by_digit": result.accuracy_by_class}
+        record.figures(state, figures, details, look)
+    results = [*summary.validation(record.records, state.best_epoch), *tested(job, result)]
+    world.on_main(lambda: record.finish(state, dict(results)))
+    for label, text in [*results, *next_steps(job)]:
+        job.console.fact(label, text)
+
+
+def tested(job: Job, result: Evaluation) -> list[summary.Fact]:
+    """How good the best weights are on the test split, and where they err."""
+    right = f"accuracy {result.accuracy:.2%} of {result.count:,} digits"
+    weights = f"best.pt: weights of epoch {job.state.best_epoch}"
+    return [
+        ("test", f"loss {result.loss:.4f}, {right} ({weights})"),
+        ("digits", summary.digits(result.accuracy_by_class)),
+        ("errors", summary.confusions(result.confusions)),
+    ]
+
+
+def next_steps(job: Job) -> list[summary.Fact]:
+    """Where the run is, and the commands to look at it, evaluate it and go on with it."""
+    path, config, program = str(job.record), job.config, job.world.launch.program
+    script = sys.argv[0] if Path(sys.argv[0]).name == "train_ddp.py" else "-m mnist_dist train"
+    longer = 2 * config.epochs if config.schedule == "constant" else None
+    train = f"{program} {script}" if program else ""
+    return [("run", path), *summary.next_commands(path, train, longer)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -119,6 +119,10 @@ class TrainConfig:
     """Directory of this run. An unfinished run there is continued, a finished one is kept. None:
     runs/<timestamp>_<launch id>."""
 
+    tensorboard: Literal["minimal", "full"] = "full"
+    """What TensorBoard is given. minimal: curves, settings and texts. full: also pictures of the
+    confusions, of the surest mistakes and of the weights, in epochs 1, 2, 4, 8 ... and the last."""
+
     checkpoint_every_epochs: int = 1
     """Epochs between checkpoints (the last epoch always has one)."""
 
@@ -159,6 +163,10 @@ class TrainConfig:
         names += ["seed", "train_samples", "grad_compression"]
         names += ["epochs"] if self.schedule != "constant" else []
         return {name: getattr(self, name) for name in names}
+
+    def compared(self) -> dict[str, Any]:
+        """The settings by which a table of runs tells one from another."""
+        return self.maths() | {name: getattr(self, name) for name in ("epochs", "recipe", "data")}
 
 
 def parse_config(argv: Sequence[str]) -> TrainConfig:

@@ -89,6 +89,17 @@ class Launch:
             r"localhost$|127\.|::1$", self.master_addr or ""
         )
 
+    @property
+    def program(self) -> str:
+        """What starts as many processes here again, typed before the script; "" if only Slurm, or
+        somebody on several hosts, can."""
+        if self.launcher == "alone":
+            return "python"
+        several_hosts = self.local_world_size < self.world_size
+        if self.launcher == "srun" or several_hosts:
+            return ""
+        return f"torchrun --nproc_per_node={self.world_size}"
+
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """Read the launcher's variables: torchrun's, else those of an srun step, else alone.

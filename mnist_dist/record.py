@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist.checkpoint import CheckpointStore
+from mnist_dist.console import Console
 from mnist_dist.errors import JobError, ReportedError
 from mnist_dist.failures import LostContactError
 from mnist_dist.run_directory import RunDirectory, Status, environment_facts
 from mnist_dist.state import TrainState
-from mnist_dist.tracking import Console, Tracker
+from mnist_dist.tracking import Look, Tracker
 
 
 class Record:
@@ -33,8 +34,26 @@ class Record:
         self.directory.open()
         self.store.open()
 
-    def begin(self, state: TrainState, config: Mapping[str, Any], world: Mapping[str, Any]) -> None:
-        """Write down what runs where with what. Raises JobError if that cannot be written."""
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """What was recorded of the run so far, also by earlier starts; empty if not open here."""
+        return self._tracker.records
+
+    def begin(
+        self,
+        state: TrainState,
+        config: Mapping[str, Any],
+        world: Mapping[str, Any],
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Write down what runs where with what. Raises JobError if that cannot be written.
+
+        Args:
+            state: as the run is begun or continued.
+            config: every setting.
+            world: the processes.
+            settings: by which to tell runs apart.
+        """
         environment = environment_facts() | dict(world)
         with self._reported():
             # First the status: it marks the directory as a run's, whenever this process dies.
@@ -42,17 +61,19 @@ class Record:
             self.directory.write_json("config.json", config)
             self.directory.write_json("environment.json", environment)
             self._begun = True
-            self._tracker.open(state.step, {"config": config, "environment": environment})
+            texts = {"config": config, "environment": environment}
+            self._tracker.open(state.step, texts, settings)
 
     def figures(
         self,
         state: TrainState,
         figures: Mapping[str, float],
         details: Mapping[str, Sequence[float]] | None = None,
+        look: Look | None = None,
     ) -> None:
         """Record figures at the state's step; a disk that cannot take them is a warning."""
         with self._warned("the figures of this step"):
-            self._tracker.record(state.epoch, state.step, figures, details)
+            self._tracker.record(state.epoch, state.step, figures, details, look)
 
     def save(
         self,
@@ -75,12 +96,10 @@ class Record:
         with self._reported():
             self.store.flush()
 
-    def finish(
-        self, state: TrainState, settings: Mapping[str, Any], results: Mapping[str, float]
-    ) -> None:
-        """Close the record of a run that has done all its epochs."""
+    def finish(self, state: TrainState, results: Mapping[str, Any]) -> None:
+        """Close the record of a run that has done all its epochs; `results` are for a person."""
         with self._reported():
-            self._tracker.close(settings, results)
+            self._tracker.close(state.step, {"results": results})
             self._write_status("completed", state, "all epochs done", resumable=False)
 
     def end(self, state: TrainState, error: BaseException) -> None:

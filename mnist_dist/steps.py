@@ -1,5 +1,6 @@
 """What one training step does: the mean gradient of a global batch over all ranks, and its use."""
 
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,19 @@ class Step(Protocol):
 
     way: str
     """How it is done, in a few words for a person."""
+
+    @property
+    def seconds_adding_up(self) -> float | None:
+        """Seconds so far that this rank has waited for the other ranks and added up gradients.
+
+        None where that goes on beside the backward pass, so that nobody could say.
+        """
+
+    def gradient_norm(self) -> float | None:
+        """Euclidean norm of the last step's gradient over all ranks; None before the first step.
+
+        To be asked for before any rank may take another step.
+        """
 
     def __call__(self, pixels: Tensor, labels: Tensor, samples: int) -> Tensor:
         """Step along the mean gradient over a global batch.
@@ -47,6 +61,7 @@ class AutogradStep:
     ) -> None:
         """Train `model`, as `average_over_ranks` gave it, with `optimizer`."""
         self.way = way
+        self.seconds_adding_up = None
         self._model = model
         self._optimizer = optimizer
         self._world_size = world_size
@@ -59,6 +74,11 @@ class AutogradStep:
         self._optimizer.step()
         return loss_sum.detach()
 
+    def gradient_norm(self) -> float | None:
+        """See `Step`."""
+        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients).item() if gradients else None
+
 
 class StepByHand:
     """Without autograd, for the perceptron on CPUs: the same gradients in half the time.
@@ -70,6 +90,8 @@ class StepByHand:
     def __init__(self, model: MLP, optimizer: FlatSGD, gradients: GradientSum, way: str) -> None:
         """Train `model` with `optimizer`, summing as `sum_over_ranks` says."""
         self.way = way
+        self.seconds_adding_up = 0.0
+        self._sum: Tensor | None = None
         self._perceptron = Perceptron([model.hidden1, model.hidden2, model.out])
         self._optimizer = optimizer
         self._gradients = gradients
@@ -83,8 +105,15 @@ class StepByHand:
             scale = self._scales[samples] = torch.tensor(1 / samples)
         views = self._views[self._gradients.turn]
         loss_sum = self._perceptron.gradients(pixels, labels, scale, views)
-        self._optimizer.apply(self._gradients.add_up())
+        begun = time.perf_counter()
+        self._sum = self._gradients.add_up()
+        self.seconds_adding_up += time.perf_counter() - begun
+        self._optimizer.apply(self._sum)
         return loss_sum
+
+    def gradient_norm(self) -> float | None:
+        """See `Step`."""
+        return None if self._sum is None else self._sum.norm().item()
 
 
 @dataclass(frozen=True)

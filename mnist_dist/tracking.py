@@ -1,56 +1,50 @@
-"""Where numbers go: the console, metrics.jsonl and TensorBoard. Silent on every rank but 0."""
+"""Where numbers go: metrics.jsonl and TensorBoard. Nothing on any rank but 0."""
 
-import contextlib
 import json
 import math
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any
 
-from tqdm import tqdm
+import torch
+from torch import Tensor, nn
 
 from mnist_dist.atomic import write_atomically
 
-T = TypeVar("T")
+# What TensorBoard's table of runs shows beside the settings.
+_COMPARED = ["test/accuracy", "test/loss", "val/accuracy", "val/loss", "train/loss"]
+_COMPARED += ["perf/samples_per_second"]
+# Curves that belong side by side, on the page for custom scalars.
+_CHARTS = {
+    "loss": ["train/loss", "val/loss", "test/loss"],
+    "accuracy": ["val/accuracy", "test/accuracy"],
+    "speed: samples per second": ["perf/samples_per_second"],
+}
+_BINS = 40
 
 
-class Console:
-    """Lines for a person, from rank 0 only."""
+@dataclass(frozen=True)
+class Look:
+    """What to draw of a model on one split."""
 
-    def __init__(self, speaks: bool) -> None:
-        """Speak if `speaks`, which is true on rank 0."""
-        self._speaks = speaks
+    split: str
+    """The group of the pictures' tags, such as "val"."""
+    confusion: Sequence[Sequence[int]]
+    """Samples by digit (row) and by what they were taken for (column)."""
+    mistakes: Sequence[tuple[Tensor, str]] = ()
+    """Digits that were taken for others, (784,) uint8, each with a caption."""
+    model: nn.Module | None = None
+    """Whose weights to draw, if any."""
 
-    def say(self, line: str) -> None:
-        """Print one line, clear of a progress bar."""
-        self._write(line, sys.stdout)
 
-    def warn(self, line: str) -> None:
-        """Print one line of warning on stderr."""
-        self._write(f"mnist-dist: warning: {line}", sys.stderr)
+def is_looked_at(epoch: int, epochs: int) -> bool:
+    """Whether epoch `epoch` (1 is the first) of so many gets pictures: 1, 2, 4, 8 ... and the last.
 
-    def _write(self, line: str, stream: TextIO | None) -> None:
-        """A reader that has gone, or a full disk behind `>`, is no reason to stop training."""
-        if self._speaks and stream is not None:
-            with contextlib.suppress(OSError, ValueError):
-                tqdm.write(line, file=stream)
-                stream.flush()
-
-    def progress(self, steps: Iterable[T], total: int, done: int, name: str) -> Iterator[T]:
-        """`steps` itself, with a bar on a terminal; nothing in a pipe or a log file."""
-        if not (self._speaks and sys.stderr is not None and sys.stderr.isatty()):
-            return iter(steps)
-        return iter(tqdm(steps, name, total, initial=done, leave=False, unit="step"))
-
-    def epoch(self, name: str, record: Mapping[str, float], seconds: float) -> None:
-        """Say an epoch's figures, by their tags, and how long its training took."""
-        self.say(
-            f"{name}  train loss {record['train/loss']:.4f}  val loss {record['val/loss']:.4f}  "
-            f"val accuracy {record['val/accuracy']:7.2%}  {seconds:6.2f} s  "
-            f"{record['perf/samples_per_second']:9,.0f} samples/s"
-        )
+    A set of them costs as much as a few steps: all of a run's stay far below a percent of it.
+    """
+    return epoch == epochs or epoch & (epoch - 1) == 0
 
 
 class Tracker:
@@ -64,20 +58,30 @@ class Tracker:
         self._path = directory / "metrics.jsonl"
         self._events: Any = None
         self._recorded: set[tuple[int, frozenset[str]]] = set()
+        self.records: list[dict[str, Any]] = []
+        """What metrics.jsonl holds, in order."""
 
-    def open(self, step: int, texts: Mapping[str, Mapping[str, Any]]) -> None:
-        """Open the record after optimizer step `step`, with tables of names and values by title.
+    def open(
+        self, step: int, texts: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]
+    ) -> None:
+        """Open the record after optimizer step `step`.
 
         What an earlier start recorded of later steps is cut off: those steps will be done again.
-        """
-        # Imported here: only rank 0 needs it, and it takes about a second.
-        from torch.utils.tensorboard import SummaryWriter
 
-        self._recorded = {_key(record["step"], record) for record in _keep_until(self._path, step)}
-        self._events = SummaryWriter(str(self._path.parent), purge_step=step + 1)
-        for title, values in texts.items():
-            rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
-            self._events.add_text(title, f"| name | value |\n|---|---|\n{rows}", step)
+        Args:
+            step: optimizer steps since the start of the run.
+            texts: tables of names and values by title, for TensorBoard's texts.
+            settings: by which TensorBoard's table of runs is to tell this one from others.
+        """
+        # Imported here: only rank 0 needs it.
+        from mnist_dist import event_file
+
+        self.records = _keep_until(self._path, step)
+        self._recorded = {_key(record["step"], record) for record in self.records}
+        self._events = event_file.EventFile(self._path.parent, purge_step=step + 1)
+        tables = [event_file.table(title, cells) for title, cells in texts.items()]
+        about = event_file.hparams(settings, _COMPARED)
+        self._events.add(step, [*tables, *about, event_file.layout(_CHARTS)])
 
     def record(
         self,
@@ -85,6 +89,7 @@ class Tracker:
         step: int,
         figures: Mapping[str, float],
         details: Mapping[str, Sequence[float]] | None = None,
+        look: Look | None = None,
     ) -> None:
         """Append one line to metrics.jsonl and the same figures to TensorBoard.
 
@@ -93,31 +98,60 @@ class Tracker:
             step: optimizer steps since the start of the run.
             figures: numbers by tag.
             details: lists by tag, for metrics.jsonl only.
+            look: what to draw, for TensorBoard only.
         """
         # The test figures, recorded after the last checkpoint, come again if we died after them.
         if self._events is None or _key(step, figures) in self._recorded:
             return
+        from mnist_dist import event_file
+
         now = time.time()
-        for tag, value in figures.items():
-            self._events.add_scalar(tag, value, step, now)
-        self._events.flush()
         line = {"epoch": epoch, "step": step, "time": now, **figures, **(details or {})}
+        self.records.append(line)
         with self._path.open("a") as file:
             file.write(json.dumps(_without_nan(line)) + "\n")
+        values = [event_file.scalar(tag, number) for tag, number in figures.items()]
+        self._events.add(step, values + (_drawn(look) if look else []), now)
 
-    def close(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
-        """Put the run into TensorBoard's hparams table, and close.
-
-        SummaryWriter.add_hparams would make a second directory, that is a second run, for it.
-        """
+    def close(self, step: int, texts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Say that the run is complete, with more tables for TensorBoard, and close."""
         if self._events is None:
             return
-        from torch.utils.tensorboard.summary import hparams
+        from mnist_dist import event_file
 
-        shown = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in settings.items()}
-        for summary in hparams(shown, dict(results)):
-            self._events.file_writer.add_summary(summary)
+        tables = [event_file.table(title, cells) for title, cells in texts.items()]
+        self._events.add(step, [*tables, event_file.hparams_end()])
         self._events.close()
+
+
+def _drawn(look: Look) -> list[Any]:
+    """Pictures and histograms as TensorBoard's values."""
+    from mnist_dist import event_file, pictures
+
+    drawn = {f"{look.split}/confusion": pictures.confusion_matrix(look.confusion)}
+    if look.mistakes:
+        digits = [(image.view(28, 28).numpy(), caption) for image, caption in look.mistakes]
+        drawn[f"{look.split}/surest_mistakes"] = pictures.captioned_digits(digits)
+    values = []
+    if look.model is not None:
+        weights = {name: p.detach().cpu() for name, p in look.model.named_parameters()}
+        first = next(iter(weights.values()))
+        if (tiles := _as_tiles(first)) is not None:
+            drawn["weights/first_layer"] = pictures.weights(tiles.numpy())
+        for name, weight in weights.items():
+            low, high = float(weight.min()), float(weight.max())
+            counts = torch.histc(weight.float(), _BINS, low, high).double().numpy()
+            values.append(event_file.histogram(f"weights/{name}", counts, low, high))
+    for tag, picture in drawn.items():
+        values.append(event_file.image(tag, picture.png(), *picture.pixels.shape))
+    return values
+
+
+def _as_tiles(weight: Tensor) -> Tensor | None:
+    """A first layer's weights as (n, height, width); None if they are no pictures."""
+    if weight.ndim == 2 and weight.shape[1] == 28 * 28:
+        return weight.view(-1, 28, 28)
+    return weight[:, 0] if weight.ndim == 4 and weight.shape[1] == 1 else None
 
 
 def _key(step: int, figures: Mapping[str, Any]) -> tuple[int, frozenset[str]]:

@@ -15,7 +15,8 @@ from mnist_dist.config import TrainConfig
 from mnist_dist.data import load, locate
 
 SMALL = ["--data=bundled", "--train-samples=400", "--lr=0.05"]
-EPOCH_TAGS = {"train/loss", "val/loss", "val/accuracy", "lr", "perf/samples_per_second"}
+EPOCH_TAGS = {"train/loss", "train/gradient_norm", "val/loss", "val/accuracy", "lr"}
+EPOCH_TAGS |= {"perf/samples_per_second", "perf/step_ms", "perf/communication_share"}
 TEST_TAGS = {"test/loss", "test/accuracy"}
 
 
@@ -46,8 +47,10 @@ def read(file: Path) -> Any:
 
 def comparable(run: Path) -> list[dict[str, float]]:
     """The records without what depends on the clock."""
-    clock = ("time", "perf/samples_per_second")
-    return [{k: v for k, v in r.items() if k not in clock} for r in metrics(run)]
+    return [
+        {k: v for k, v in r.items() if k != "time" and not k.startswith("perf/")}
+        for r in metrics(run)
+    ]
 
 
 def newest_model(run: Path) -> dict[str, Tensor]:
@@ -86,9 +89,13 @@ def test_tensorboard_has_hparams_config_and_environment(finished: Path) -> None:
     events = EventAccumulator(str(finished))
     events.Reload()
     tensors = set(events.Tags()["tensors"])
-    assert {"config/text_summary", "environment/text_summary"} <= tensors
+    assert {"config", "environment", "results", "custom_scalars__config__"} <= tensors
+    (environment,) = events.Tensors("environment")
+    commit = read(finished / "environment.json")["git_commit"]
+    assert f"| git_commit | {commit} |" in environment.tensor_proto.string_val[0].decode()
     metadata = set(events.summary_metadata)
-    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= metadata
+    hparams = {"experiment", "session_start_info", "session_end_info"}
+    assert {f"_hparams_/{part}" for part in hparams} <= metadata
     assert len(list(finished.glob("events.out.tfevents.*"))) == 1, "one run, not one per writer"
 
 
