@@ -89,6 +89,15 @@ def test_each_script_completes_with_the_loss_of_one_process(
     assert len(list(job.run.glob("events.out.tfevents.*"))) == 1
     processes = 2 if script == "slurm_single_node.sbatch" else 4
     assert f"world  {processes} processes" in job.output
+    # Its log file is for reading: each epoch is a line, and nothing is drawn over.
+    assert [line[:9] for line in job.output.splitlines() if line.startswith("epoch ")] == [
+        "epoch 1/2",
+        "epoch 2/2",
+    ]
+    assert all(character >= " " or character == "\n" for character in job.output)
+    if script != "slurm_single_node.sbatch":
+        again = f"extend the same command with --run-dir runs/{job.run.name} --epochs 4"
+        assert again in job.output
 
 
 def test_a_warning_before_the_time_limit_saves_and_the_requeued_job_completes(
