@@ -3,7 +3,7 @@
 python -m benchmarks.records --epochs 25
 
 The record is all that an epoch leaves beside checkpoints: metrics.jsonl, TensorBoard's curves and,
-in the epochs that have them, its pictures and histograms, for which validation also names the surest
+in epochs that have them, its pictures and histograms, for which validation also names the surest
 mistakes. The console's lines are in it, too.
 """
 
@@ -22,11 +22,13 @@ import torch
 
 from mnist_dist.console import Console, Course
 from mnist_dist.data import Dataset, load, locate
-from mnist_dist.engine import evaluate, gradient_norm, train_epoch
+from mnist_dist.engine import evaluate, train_epoch
 from mnist_dist.launcher import read_launch
 from mnist_dist.model import MLP
+from mnist_dist.optimizer import FlatSGD
 from mnist_dist.sharding import Sharding
 from mnist_dist.state import TrainState
+from mnist_dist.steps import Choice, build_step
 from mnist_dist.tracking import Look, Tracker, is_looked_at
 from mnist_dist.world import World, join
 
@@ -46,7 +48,9 @@ class Training:
     def __post_init__(self) -> None:
         torch.manual_seed(0)
         model = MLP()
-        self.state = TrainState(model, torch.optim.SGD(model.parameters(), lr=0.01), None, {})
+        optimizer = FlatSGD(model, lr=0.01, momentum=0.0, weight_decay=0.0)
+        self.state = TrainState(model, optimizer, None, {})
+        self.step = build_step(model, optimizer, self.world, Choice())
         self.sharding = Sharding(len(self.dataset.train), 64, 0, 1, seed=0)
         samples, steps = self.sharding.samples, self.sharding.steps_per_epoch
         self.course = Course(self.epochs, steps, samples, 1, done=0)
@@ -61,9 +65,7 @@ class Training:
         drawn = self.level == "full" and is_looked_at(number, self.epochs)
         console = Console(speaks=self.level != "nothing")
         with console.progress(self.course) as progress:
-            for loss_sum in train_epoch(
-                state.model, state.optimizer, None, self.dataset.train, self.sharding, number
-            ):
+            for loss_sum in train_epoch(self.step, None, self.dataset.train, self.sharding, number):
                 state.count_step(loss_sum)
                 progress.step(state.step, loss_sum)
             state.settle()
@@ -74,7 +76,7 @@ class Training:
             if self.level != "nothing":
                 figures = {"train/loss": loss, "val/loss": validation.loss, "lr": 0.01}
                 figures |= {"val/accuracy": validation.accuracy, "perf/step_ms": 0.0}
-                figures["train/gradient_norm"] = gradient_norm(state.model) or 0.0
+                figures["train/gradient_norm"] = self.step.gradient_norm() or 0.0
                 figures["perf/samples_per_second"] = 0.0
                 look = None
                 if drawn:
