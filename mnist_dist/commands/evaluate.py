@@ -14,12 +14,12 @@ import torch
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from mnist_dist import engine, process
+from mnist_dist.console import Console
 from mnist_dist.data import Dataset, load, locate
 from mnist_dist.engine import Evaluation
 from mnist_dist.errors import UserError
 from mnist_dist.flags import parse_flags
 from mnist_dist.run_directory import code_digest
-from mnist_dist.tracking import Console
 from mnist_dist.trained_model import TrainedModel, load_trained
 from mnist_dist.world import World, join
 
