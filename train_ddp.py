@@ -6,7 +6,6 @@ srun python train_ddp.py                       one per Slurm task
 """
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch.optim.lr_scheduler import OneCycleLR
 
 from mnist_dist import process, summary
+from mnist_dist.clock import EpochClock
 from mnist_dist.config import TrainConfig, parse_config
 from mnist_dist.console import Console, Course, Progress
 from mnist_dist.data import Dataset, load, locate
@@ -34,7 +34,7 @@ from mnist_dist.record import Record
 from mnist_dist.run_directory import code_digest, find_run_directory
 from mnist_dist.sharding import Sharding
 from mnist_dist.state import TrainState
-from mnist_dist.steps import Choice, Step, build_step
+from mnist_dist.steps import Choice, build_step
 from mnist_dist.tracking import Look, is_looked_at
 from mnist_dist.world import World, join
 
@@ -224,33 +224,6 @@ def fit(job: Job) -> None:
             train_loss = sum(note[0] for note in world.gather_numbers([state.loss_sum]))
             trained = {"train/loss": train_loss / sharding.samples, **clock.figures()}
             finish_epoch(job, trained, progress)
-
-
-class EpochClock:
-    """How quickly an epoch is trained, and how large its last gradient is."""
-
-    def __init__(self, step: Step, sharding: Sharding, first: int) -> None:
-        """Start, before global batch `first` of the epoch."""
-        self._step = step
-        self._sharding = sharding
-        self._first = first
-        self._adding_up = step.seconds_adding_up
-        self._started = time.perf_counter()
-
-    def figures(self) -> dict[str, float]:
-        """The figures of the epoch, now that it is trained, by their tags."""
-        seconds = time.perf_counter() - self._started
-        steps = self._sharding.steps_per_epoch - self._first
-        figures = {
-            "perf/samples_per_second": self._sharding.samples_from(self._first) / seconds,
-            "perf/step_ms": 1e3 * seconds / max(1, steps),
-        }
-        adding_up = self._step.seconds_adding_up
-        if self._sharding.world_size > 1 and adding_up is not None and self._adding_up is not None:
-            figures["perf/communication_share"] = (adding_up - self._adding_up) / seconds
-        if steps > 0 and (norm := self._step.gradient_norm()) is not None:
-            figures["train/gradient_norm"] = norm
-        return figures
 
 
 def finish_epoch(job: Job, trained: dict[str, float], progress: Progress) -> None:

@@ -17,7 +17,7 @@ LAYERS = [
     {"gradients"},
     {"steps"},
     {"sharding", "checkpoint", "tracking", "profiling", "run_directory", "interruption", "data"},
-    {"record", "handwriting", "trained_model", "doctor"},
+    {"record", "clock", "handwriting", "trained_model", "doctor"},
     {"engine"},
     {"train_ddp", "commands"},
     {"__main__"},
