@@ -147,6 +147,7 @@ class HostSum:
         except BlockingIOError as error:
             raise ConnectionError("Timed out waiting for a rank of this host") from error
         except ConnectionError as error:
+            self.close()  # whoever waits for this rank, which comes no more, hears so at once
             raise ConnectionError("Connection closed by a rank of this host") from error
 
     def close(self) -> None:
