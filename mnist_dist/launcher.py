@@ -123,17 +123,22 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def _read_torchrun(environment: Mapping[str, str]) -> Launch:
+    local_world_size = int(environment["LOCAL_WORLD_SIZE"])
+    # Where srun started the agent, the agent's CPUs are those of its processes.
+    in_step = "SLURM_STEP_NUM_TASKS" in environment
+    cpus = int(environment.get("SLURM_CPUS_PER_TASK", "0")) if in_step else 0
     return Launch(
         launcher="torchrun",
         rank=int(environment["RANK"]),
         local_rank=int(environment["LOCAL_RANK"]),
         world_size=int(environment["WORLD_SIZE"]),
-        local_world_size=int(environment["LOCAL_WORLD_SIZE"]),
+        local_world_size=local_world_size,
         node_rank=int(environment.get("GROUP_RANK", "0")),
         master_addr=environment["MASTER_ADDR"],
         master_port=int(environment["MASTER_PORT"]),
         hosts_store=environment["RANK"] == "0"
         and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        cpus_per_task=max(1, cpus // local_world_size) if cpus else None,
         job_id=_slurm_job_id(environment) or _torchrun_job_id(environment),
     )
 

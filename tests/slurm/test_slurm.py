@@ -19,8 +19,11 @@ SHORT = ["--data=bundled", "--train-samples=800", "--lr=0.02", "--epochs=2"]
 LONG = ["--data=bundled", "--train-samples=2000", "--lr=0.001", "--global-batch-size=4"]
 LONG += ["--epochs=4", "--checkpoint-every-steps=50"]
 ENDLESS = [*LONG, "--epochs=1000"]
+# A thread for each process: this machine's few cores are those of all nodes and of all jobs, and
+# threads of one process that wait for each other on taken cores take a tenth of a second a step.
+ONE_THREAD = "--cpus-per-task=1"
 # What befalls a job is the same for one process a node, and the machine starts half as many.
-ONE_EACH = "--ntasks-per-node=1"
+ONE_EACH = f"--ntasks-per-node=1 {ONE_THREAD}"
 SCRIPTS = ["slurm_single_node.sbatch", "slurm_multi_node.sbatch", "slurm_srun.sbatch"]
 
 
@@ -129,7 +132,7 @@ def test_an_administrators_requeue_continues_the_same_run(cluster: Cluster, chec
 
 
 def test_scancel_leaves_no_process_on_any_node(cluster: Cluster, checkout: Path) -> None:
-    job = Job(cluster, checkout, "slurm_multi_node.sbatch", *ENDLESS)
+    job = Job(cluster, checkout, "slurm_multi_node.sbatch", *ENDLESS, sbatch=ONE_THREAD)
     job.until_saved()
     require_nothing_left_by_scancel(job)
 
@@ -171,7 +174,7 @@ def test_slurms_own_warning_saves_and_requeues_until_the_job_is_cancelled(limite
 def test_a_preempted_job_saves_in_its_grace_and_continues_when_the_other_is_done(
     script: str, cluster: Cluster, checkout: Path
 ) -> None:
-    tasks = ONE_EACH if script == "slurm_srun.sbatch" else ""
+    tasks = ONE_EACH if script == "slurm_srun.sbatch" else ONE_THREAD
     low = f"--partition=low --exclusive --nodes=2 {tasks}"
     job = Job(cluster, checkout, script, *LONG, sbatch=low)
     job.until_saved()
@@ -219,12 +222,12 @@ def test_an_array_of_three_seeds_is_three_runs(cluster: Cluster, checkout: Path)
     wrapped = checkout / "launch" / "seeds.sbatch"
     script = (checkout / "launch" / "slurm_srun.sbatch").read_text()
     wrapped.write_text(script.replace('"$@"', '--seed="$SLURM_ARRAY_TASK_ID" "$@"'))
-    same_node = "--array=1-3 --nodes=1 --nodelist=n1"
+    same_node = f"--array=1-3 --nodes=1 --nodelist=n1 {ONE_THREAD}"
     job = Job(cluster, checkout, "seeds.sbatch", *SHORT, sbatch=same_node)
     running = ["squeue", "-h", "-r", "-tRUNNING", f"-j{job.id}", "-o%i"]
     cluster.until(lambda: len(cluster.ask(*running).split()) == 3)
     job.until("COMPLETED")
-    runs = sorted((checkout / "runs").iterdir())
+    runs = sorted((checkout / "runs").iterdir(), key=lambda run: run.name.partition("_")[2])
     assert [run.name.partition("_")[2] for run in runs] == [
         f"slurm-{job.id}-{n}" for n in (1, 2, 3)
     ]

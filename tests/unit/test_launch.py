@@ -69,6 +69,14 @@ def test_torchrun_inside_a_slurm_job_is_torchrun_and_keeps_the_jobs_name() -> No
     assert launch.job_id == "slurm-17"
 
 
+def test_torchruns_processes_share_the_cpus_that_srun_gave_to_their_agent() -> None:
+    step = {**SRUN, "SLURM_CPUS_PER_TASK": "8"}
+    assert read_launch(step).cpus_per_task == 8
+    torchrun = torchrun_environment(1, 2, 29500, "x")
+    assert read_launch({**step, **torchrun}).cpus_per_task == 4
+    assert read_launch({"SLURM_CPUS_PER_TASK": "8", **torchrun}).cpus_per_task is None, "no step"
+
+
 def test_a_batch_script_that_starts_python_without_srun_is_alone() -> None:
     """Slurm sets SLURM_NTASKS and SLURM_PROCID there too, but nobody starts the other tasks."""
     batch = {k: v for k, v in SRUN.items() if not k.startswith("SLURM_STEP_")}
