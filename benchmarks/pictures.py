@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pyte
@@ -19,7 +20,7 @@ from benchmarks import browser, terminal
 from benchmarks.jobs import ROOT
 
 IMAGES = ROOT / "docs" / "images"
-_FLAGS = ["--lr=0.1", "--epochs=12"]
+_FLAGS = ["--lr=0.02", "--epochs=12"]
 _COLUMNS = 112
 _COLOURS = {"green": "#3fb950", "brown": "#d29922"}  # pyte's names
 _CHARACTER, _LINE = 8.4, 18  # pixels, at a font size of 14
@@ -117,6 +118,7 @@ def draw_tensorboard(runs: Path, file: Path) -> None:
         page.until(lambda seen: seen["busy"] == 0 and seen["curves"] >= 3)
         page.run(_TIDY)
         page.until(lambda seen: "General" not in seen["texts"] and seen["busy"] == 0)
+        time.sleep(3)  # the cards have grown: their curves are drawn anew
         page.save(file)
     with Image.open(file) as shot:
         shot.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)
