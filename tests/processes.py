@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -127,8 +128,7 @@ def run_main(directory: str, flags: list[str], door: str = "train_ddp") -> Ended
     """The module `door`'s `main` in `directory` in this process, and what it said."""
     main = importlib.import_module(door).main
     os.chdir(directory)
-    name = f".said-{os.environ.get('RANK', '0')}-{os.getpid()}"
-    with open(f"{name}-out", "w+") as out, open(f"{name}-err", "w+") as err:  # noqa: PTH123
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 code = main(flags)

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import ROOT, Ended, command, free_port, torchrun_environment
+from processes import (
+    ROOT,
+    Ended,
+    command,
+    free_port,
+    run_main,
+    run_ranks,
+    torchrun_environment,
+)
 
 COMMAND = [sys.executable, "-m", "mnist_dist", "doctor"]
 HERE = socket.gethostname()
@@ -41,23 +49,28 @@ def end(processes: Sequence[subprocess.Popen[str]]) -> list[Ended]:
     return [Ended(p.returncode, *both) for p, both in zip(processes, said, strict=True)]
 
 
-def doctor(
-    directory: Path,
-    *flags: str,
-    count: int = 2,
-    started: int | None = None,
-    port: int | None = None,
-    **variables: str,
+def ranks(
+    directory: Path, flags: Sequence[str], environments: Sequence[dict[str, str]]
 ) -> list[Ended]:
-    """The command in `count` processes of this host, or only in the first `started` of them."""
-    port = port or free_port()
-    environments = [torchrun_environment(rank, count, port, "doctor") for rank in range(count)]
-    return end(
-        [
-            start(directory, *flags, environment={**environment, **variables})
-            for environment in environments[:started]
-        ]
+    """The command's `main` in a process for each of `environments`."""
+    door = "mnist_dist.commands.doctor"
+    results: list[Ended] = run_ranks(
+        run_main, len(environments), str(directory), list(flags), door, environments=environments
     )
+    return results
+
+
+def doctor(
+    directory: Path, *flags: str, count: int = 2, started: int | None = None, port: int = 0
+) -> list[Ended]:
+    """The same in `count` ranks of this host, or only in the first `started` of them."""
+    return ranks(directory, flags, pair(count, port)[:started])
+
+
+def pair(count: int = 2, port: int = 0) -> list[dict[str, str]]:
+    """What torchrun tells `count` ranks of this host."""
+    port = port or free_port()
+    return [torchrun_environment(rank, count, port, "doctor") for rank in range(count)]
 
 
 def found(ended: Ended) -> dict[str, Any]:
@@ -122,7 +135,8 @@ def test_torchrun_examines_the_processes_it_starts(tmp_path: Path) -> None:
 
 
 def test_an_interface_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
-    first, second = doctor(tmp_path, GLOO_SOCKET_IFNAME="eth7")
+    eth7 = [each | {"GLOO_SOCKET_IFNAME": "eth7"} for each in pair()]
+    first, second = ranks(tmp_path, [], eth7)
     assert (first.code, second.code) == (1, 1), first.out
     expected = f"there is no interface eth7 (ranks 0-1 on {HERE}); set it to "
     assert verdict(first).startswith(
@@ -133,9 +147,9 @@ def test_an_interface_that_is_not_there_is_named_with_those_that_are(tmp_path: P
 
 
 def test_a_wrong_interface_of_one_rank_is_told_from_the_others(tmp_path: Path) -> None:
-    environments = [torchrun_environment(r, 2, p, "x") for p in [free_port()] for r in range(2)]
+    environments = pair()
     environments[1]["GLOO_SOCKET_IFNAME"] = "eth7"
-    first, second = end([start(tmp_path, environment=each) for each in environments])
+    first, second = ranks(tmp_path, [], environments)
     assert (first.code, second.code) == (1, 1), first.out
     assert f"there is no interface eth7 (rank 1 on {HERE})" in verdict(first)
     assert f"GLOO_SOCKET_IFNAME differs: rank 0 on {HERE} has unset; rank 1" in first.out
@@ -165,7 +179,7 @@ def test_ranks_with_unequal_code_are_named_with_their_directories(tmp_path: Path
     shutil.copytree(ROOT / "mnist_dist", other / "mnist_dist", ignore=ignored)
     with (other / "mnist_dist" / "engine.py").open("a") as file:
         file.write("# changed\n")
-    environments = [torchrun_environment(r, 2, p, "x") for p in [free_port()] for r in range(2)]
+    environments = pair()
     environments[1]["PYTHONPATH"] = str(other)
     first, second = end([start(tmp_path, environment=each) for each in environments])
     assert (first.code, second.code) == (1, 1), first.out + first.err
@@ -213,43 +227,44 @@ def test_the_run_directory_is_left_as_it_is(tmp_path: Path) -> None:
 def test_a_rank_that_falls_silent_in_the_middle_is_named(
     sent: signal.Signals, tmp_path: Path
 ) -> None:
-    environments = [torchrun_environment(r, 2, p, "x") for p in [free_port()] for r in range(2)]
-    ranks = [start(tmp_path, "--timeout=15", environment=each) for each in environments]
+    environments = pair()
+    started = [start(tmp_path, "--timeout=15", environment=each) for each in environments]
     try:
-        assert ranks[0].stdout is not None
-        read = iter(ranks[0].stdout.readline, "")
+        assert started[0].stdout is not None
+        read = iter(started[0].stdout.readline, "")
         before = next(line for line in read if " meeting " in line)
-        ranks[1].send_signal(sent)
-        rest, _ = ranks[0].communicate(timeout=120)
+        started[1].send_signal(sent)
+        rest, _ = started[0].communicate(timeout=120)
     finally:
-        for rank in ranks:
+        for rank in started:
             rank.kill()
             rank.wait()
-    assert ranks[0].returncode == 1, before + rest
+    assert started[0].returncode == 1, before + rest
     assert f"rank 1 on {HERE} gave no answer in time" in rest.splitlines()[-1]
 
 
 def test_the_others_end_too_when_rank_0_and_its_store_are_gone(tmp_path: Path) -> None:
-    environments = [torchrun_environment(r, 2, p, "x") for p in [free_port()] for r in range(2)]
-    ranks = [start(tmp_path, "--timeout=15", environment=each) for each in environments]
+    environments = pair()
+    started = [start(tmp_path, "--timeout=15", environment=each) for each in environments]
     try:
-        assert ranks[0].stdout is not None
-        read = iter(ranks[0].stdout.readline, "")
+        assert started[0].stdout is not None
+        read = iter(started[0].stdout.readline, "")
         assert any(" meeting " in line for line in read)
-        ranks[0].kill()
-        _, said = ranks[1].communicate(timeout=120)
+        started[0].kill()
+        _, said = started[1].communicate(timeout=120)
     finally:
-        for rank in ranks:
+        for rank in started:
             rank.kill()
             rank.wait()
-    assert ranks[1].returncode == 1
+    assert started[1].returncode == 1
     (line,) = said.splitlines()
     assert line.startswith("mnist-dist: error: ")
     assert f"rank 1 on {HERE} " in line
 
 
 def test_more_threads_than_cpus_are_a_warning_with_the_number_to_set(tmp_path: Path) -> None:
-    first, _ = doctor(tmp_path, OMP_NUM_THREADS="512")
+    many = [each | {"OMP_NUM_THREADS": "512"} for each in pair()]
+    first, _ = end([start(tmp_path, environment=each) for each in many])
     assert first.code == 0, first.out
     (line,) = [line for line in first.out.splitlines() if line.split()[1] == "threads"]
     assert line.split()[0] == "warn"
@@ -270,7 +285,7 @@ def test_more_threads_than_cpus_are_a_warning_with_the_number_to_set(tmp_path: P
 def test_a_bad_flag_is_one_line_from_one_rank_and_exit_code_2(
     flags: list[str], names: list[str], tmp_path: Path
 ) -> None:
-    ended = command(tmp_path, "mnist-dist", "doctor", *flags)
+    (ended,) = ranks(tmp_path, flags, [{}])
     assert (ended.code, ended.out) == (2, "")
     (line,) = ended.err.splitlines()
     assert line.startswith("mnist-dist: error: ")

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from benchmarks.live_job import LiveJob
 
 # A second or more an epoch at any number of processes, so that faults happen within one.
-SAMPLES = 4000
+SAMPLES = 2500
 Pick = Callable[[LiveJob], int]
 
 

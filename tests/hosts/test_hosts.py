@@ -16,10 +16,10 @@ import pytest
 from private_hosts import Hosts, missing
 from processes import ROOT, completed_run, metrics
 
-DATA = ["--data=bundled", "--train-samples=2000", "--lr=0.001", "--global-batch-size=16"]
+DATA = ["--data=bundled", "--train-samples=1000", "--lr=0.001", "--global-batch-size=16"]
 SHORT = [*DATA, "--epochs=1"]
 # Too many to come to an end by itself: a test stops it when it has seen what it wants to see.
-LONG = [*DATA, "--epochs=1000", "--checkpoint-every-steps=50"]
+LONG = [*DATA, "--epochs=1000", "--checkpoint-every-steps=25"]
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_latency_and_loss_change_no_number(hosts: Hosts, tmp_path: Path) -> None
     job.start("n1")
     job.start("n2")
     assert [job.end("n1"), job.end("n2")] == [0, 0], job.logs()
-    print(f"2 ms and 1 % loss on one side, an epoch of 125 steps: {time.monotonic() - begun:.0f} s")
+    print(f"2 ms and 1 % loss on one side, an epoch of 63 steps: {time.monotonic() - begun:.0f} s")
     job.require_losses_as_if_alone()
 
 

@@ -1,7 +1,6 @@
 """The job under its real launchers: `torchrun` and plain `python`, as a user types them."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from data_files import digits, write_npz
-from processes import ROOT, Ended, command, metrics
+from processes import ROOT, Ended, command, metrics, run_job
 
 SCRIPT = str(ROOT / "train_ddp.py")
 SMALL = ["--data=bundled", "--train-samples=300", "--epochs=2"]
@@ -45,15 +44,6 @@ def test_plain_python_trains_without_a_process_group(tmp_path: Path) -> None:
     assert len(metrics(tmp_path / "run")) == 3
 
 
-def test_local_sh_starts_as_many_processes_as_it_is_told(tmp_path: Path) -> None:
-    script = str(ROOT / "launch" / "local.sh")
-    bin_directory = str(Path(sys.executable).parent)
-    environment = {"PROCESSES": "3", "PATH": f"{bin_directory}:{os.environ['PATH']}"}
-    ended = command(tmp_path, script, *SMALL, environment=environment)
-    assert ended.code == 0, ended.err
-    assert "3 processes (torchrun)" in ended.out
-
-
 def test_the_installed_command_is_the_same_job(tmp_path: Path) -> None:
     ended = command(tmp_path, "mnist-dist", "train", *SMALL, "--run-dir=run")
     assert ended.code == 0, ended.err
@@ -67,7 +57,7 @@ def test_without_full_data_and_network_the_bundled_digits_are_used_and_said_once
     tmp_path: Path,
 ) -> None:
     here = {"MNIST_DIST_CACHE": str(tmp_path / "cache")}
-    ended = torchrun(tmp_path, 4, "--train-samples=100", "--epochs=1", environment=here)
+    ended = torchrun(tmp_path, 2, "--train-samples=100", "--epochs=1", environment=here)
     assert ended.code == 0, ended.err
     (line,) = said(ended)
     assert "warning" in line
@@ -76,17 +66,17 @@ def test_without_full_data_and_network_the_bundled_digits_are_used_and_said_once
 
 
 @pytest.mark.parametrize(
-    ("flags", "names"),
+    ("processes", "flags", "names"),
     [
-        (["--lr", "-1"], ["--lr", "-1"]),
-        (["--data", "/nowhere/mnist.npz"], ["/nowhere/mnist.npz"]),
-        (["--data=bundled", "--run-dir=/proc/mnist"], ["--run-dir", "/proc/mnist"]),
+        (4, ["--lr", "-1"], ["--lr", "-1"]),
+        (2, ["--data", "/nowhere/mnist.npz"], ["/nowhere/mnist.npz"]),
+        (2, ["--data=bundled", "--run-dir=/proc/mnist"], ["--run-dir", "/proc/mnist"]),
     ],
 )
-def test_a_users_mistake_is_one_line_from_one_of_four_ranks(
-    flags: list[str], names: list[str], tmp_path: Path
+def test_a_users_mistake_is_one_line_from_one_of_all_ranks(
+    processes: int, flags: list[str], names: list[str], tmp_path: Path
 ) -> None:
-    ended = torchrun(tmp_path, 4, *flags)
+    ended = torchrun(tmp_path, processes, *flags)
     assert ended.code != 0
     (line,) = said(ended)
     for name in names:
@@ -112,7 +102,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "empty").mkdir()
-    ended = command(tmp_path, "python", SCRIPT, *flags)
+    (ended,) = run_job(tmp_path, 1, *flags)
     assert ended.code == 2
     (line,) = ended.err.splitlines()
     assert line.startswith("mnist-dist: error: ")

@@ -61,11 +61,8 @@ def require_progress(found: list[tuple[str, str, str]]) -> None:
     assert all(0 < float(loss) < 3 for _, _, loss in found)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_terminal_has_one_line_of_progress_that_is_gone_in_the_end(
-    processes: int, tmp_path: Path
-) -> None:
-    words = [*launch(processes), *FLAGS, f"--run-dir={tmp_path / 'run'}"]
+def test_a_terminal_has_one_line_of_progress_that_is_gone_in_the_end(tmp_path: Path) -> None:
+    words = [*launch(2), *FLAGS, f"--run-dir={tmp_path / 'run'}"]
     code, said = terminal.record(words, columns=400)
     text = said.decode()
     assert code == 0, text
@@ -93,9 +90,8 @@ def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path) -> None:
     assert plain(said.decode().replace("\r\n", "\n"))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_pipe_gets_lines_without_control_characters(processes: int, tmp_path: Path) -> None:
-    ended = command(tmp_path, *launch(processes), *FLAGS, "--run-dir=run")
+def test_a_pipe_gets_lines_without_control_characters(tmp_path: Path) -> None:
+    ended = command(tmp_path, *launch(2), *FLAGS, "--run-dir=run")
     assert ended.code == 0, ended.err
     assert plain(ended.out)
     assert plain(ended.err)
