@@ -19,6 +19,7 @@ LAYERS = [
     {"sharding", "checkpoint", "tracking", "profiling", "run_directory", "interruption", "data"},
     {"record", "clock", "handwriting", "trained_model", "doctor"},
     {"engine"},
+    {"job"},
     {"train_ddp", "commands"},
     {"__main__"},
 ]
@@ -66,9 +67,9 @@ def test_imports_run_down_the_layers_only(file: Path) -> None:
         assert LEVEL[other] < LEVEL[own], f"{own} imports {other}"
 
 
-def test_only_the_commands_see_the_configuration() -> None:
+def test_only_the_job_sees_the_configuration() -> None:
     users = {room(file) for file in MODULES if "config" in imported(file)}
-    assert users == {"train_ddp"}
+    assert users == {"train_ddp", "job"}
 
 
 def test_only_one_module_reads_the_launchers_environment() -> None:
