@@ -11,11 +11,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_dist.augmentation import random_shifts, shifted
 from mnist_dist.data import Split
-from mnist_dist.sharding import Sharding, evaluation_indices
+from mnist_dist.sharding import Sharding, evaluation_share
 from mnist_dist.steps import Step
 from mnist_dist.world import World
 
-_EVALUATION_BATCH = 1024
+_EVALUATION_BATCH = 512
 _CLASSES = 10
 
 
@@ -137,12 +137,13 @@ def evaluate(model: nn.Module, split: Split, world: World, mistakes: int = 0) ->
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     confusion = torch.zeros(_CLASSES**2, dtype=torch.float64, device=device)
     wrong: list[Tensor] = []
-    for part in evaluation_indices(len(split), world.rank, world.world_size).split(
-        _EVALUATION_BATCH
-    ):
-        part = part.to(device)
-        labels = split.labels.index_select(0, part)
-        logits = model(pixels(split.images.index_select(0, part)))
+    share = evaluation_share(world.rank, world.world_size)
+    places = torch.arange(len(split), device=device)
+    own = [
+        tensor[share].split(_EVALUATION_BATCH) for tensor in (split.images, split.labels, places)
+    ]
+    for images, labels, part in zip(*own, strict=True):
+        logits = model(pixels(images))
         loss_sum += F.cross_entropy(logits, labels, reduction="none").double().sum()
         predicted = logits.argmax(1)
         confusion += torch.bincount(labels * _CLASSES + predicted, minlength=_CLASSES**2)
