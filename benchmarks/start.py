@@ -18,7 +18,7 @@ from pathlib import Path
 
 _BARE_START = "import time, torch; print(time.time())"
 # The job as it is, up to the end of its first optimizer step.
-_OUR_START = """
+OUR_START = """
 import os, sys, time, train_ddp
 steps = train_ddp.train_epoch
 def first(*arguments):
@@ -28,7 +28,7 @@ def first(*arguments):
 train_ddp.train_epoch = first
 train_ddp.run(sys.argv[1:])
 """
-_READ = """
+READ = """
 import sys, time, torch
 from mnist_dist.data import load, locate
 begun = time.perf_counter()
@@ -68,7 +68,7 @@ train_ddp.run(sys.argv[1:])
 """
 
 
-def _python(program: str, *arguments: str, processes: int = 1) -> str:
+def run_python(program: str, *arguments: str, processes: int = 1) -> str:
     """What a program prints, in a directory of its own; torchrun starts several processes."""
     with tempfile.TemporaryDirectory() as directory:
         script = Path(directory) / "program.py"
@@ -87,10 +87,16 @@ def _python(program: str, *arguments: str, processes: int = 1) -> str:
         return done.stdout
 
 
-def started(program: str, *arguments: str) -> float:
-    """Seconds from the start of a program to the moment it prints."""
+def started(program: str, *arguments: str, processes: int = 1) -> float:
+    """Seconds from the start of a program to the moment that its first process prints."""
     begun = time.time()
-    return float(_python(program, *arguments).splitlines()[-1]) - begun
+    said = run_python(program, *arguments, processes=processes)
+    return min(float(line) for line in said.splitlines() if line[:1].isdigit()) - begun
+
+
+def our_memory(data: str, processes: int) -> float:
+    """MiB of all the job's processes together, after an epoch."""
+    return _weighed(_OUR_RANK, ["--data", data, "--epochs=1"], processes)
 
 
 def measure(data: str, rounds: int) -> dict[str, list[float]]:
@@ -103,16 +109,15 @@ def measure(data: str, rounds: int) -> dict[str, list[float]]:
 
     for _ in range(rounds):
         note("import torch, s", started(_BARE_START))
-        note("start to first step, s", started(_OUR_START, *flags))
-        note("read the cached data, s", float(_python(_READ, data)))
-    for name, program, arguments in (("bare", _BARE_RANK, []), ("our", _OUR_RANK, flags)):
-        two, three = (_weighed(program, arguments, processes) for processes in (2, 3))
-        note(f"a third {name} rank, MiB", three - two)
+        note("start to first step, s", started(OUR_START, *flags))
+        note("read the cached data, s", float(run_python(READ, data)))
+    note("a third bare rank, MiB", _weighed(_BARE_RANK, [], 3) - _weighed(_BARE_RANK, [], 2))
+    note("a third rank of ours, MiB", our_memory(data, 3) - our_memory(data, 2))
     return seen
 
 
 def _weighed(program: str, arguments: list[str], processes: int) -> float:
-    for line in _python(program, *arguments, processes=processes).splitlines():
+    for line in run_python(program, *arguments, processes=processes).splitlines():
         if line.startswith("PSS") or line[:1].isdigit():
             return float(line.split()[-1])
     raise RuntimeError("the job said nothing of its memory")
@@ -135,7 +140,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()
     data = chosen.data if chosen.data in ("auto", "bundled") else str(Path(chosen.data).resolve())
-    _python(_READ, data)  # fills the cache
+    run_python(READ, data)  # fills the cache
     seen = measure(data, chosen.rounds)
     print(json.dumps(seen) if chosen.json else "\n".join(table(seen)))
 

@@ -1,0 +1,92 @@
+"""How cost grows: ten times the data, and up to 16 processes.
+
+python -m benchmarks.growth --data ../shared/data/mnist.pkl.gz
+
+The larger set is every image ten times over. Memory is as in `benchmarks.start`, per process.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import start
+from benchmarks.jobs import train
+from mnist_dist.data import load, locate
+
+_TIMES = 10
+_PROCESSES = [1, 2, 4, 8, 16]
+
+
+def write_larger(data: str, file: Path) -> None:
+    """An .npz like Keras's, of which the last sixth of the training images is for validation."""
+    splits = load(locate(data, None))
+    both = (splits.train, splits.validation)
+    arrays = {
+        "x_train": np.concatenate([split.images.numpy() for split in both]).reshape(-1, 28, 28),
+        "y_train": np.concatenate([split.labels.numpy() for split in both]),
+        "x_test": splits.test.images.numpy().reshape(-1, 28, 28),
+        "y_test": splits.test.labels.numpy(),
+    }
+    repeated = {name: np.concatenate([a] * _TIMES) for name, a in arrays.items()}
+    np.savez(file, allow_pickle=False, **repeated)
+
+
+def by_data(data: str, directory: Path) -> Iterator[str]:
+    """Lines of a table: one data set beside the other."""
+    larger = directory / "larger.npz"
+    write_larger(data, larger)
+    yield (
+        "| data | training samples | convert, once a host, s | read from the cache, s "
+        "| s an epoch | us a sample | MiB a process |"
+    )
+    yield "|---" * 7 + "|"
+    for name, path in (("full", data), (f"{_TIMES} times", str(larger))):
+        os.environ["MNIST_DIST_CACHE"] = str(directory / f"cache-{name}")
+        convert, read = (float(start.run_python(start.READ, path)) for _ in range(2))
+        seconds, samples = epoch(directory / name, 1, path), len(load(locate(path, None)).train)
+        figures = [f"{convert:.2f}", f"{read:.3f}", f"{seconds:.2f}"]
+        figures += [f"{1e6 * seconds / samples:.1f}", f"{start.our_memory(path, 1):.0f}"]
+        yield "| " + " | ".join([name, f"{samples:,}", *figures]) + " |"
+
+
+def by_processes(data: str, directory: Path) -> Iterator[str]:
+    """Lines of a table: a row for each number of processes."""
+    yield "| processes | start to first step, s | s an epoch | MiB a process |"
+    yield "|---" * 4 + "|"
+    for processes in _PROCESSES:
+        begun = start.started(start.OUR_START, "--data", data, processes=processes)
+        seconds = epoch(directory / str(processes), processes, data)
+        memory = start.our_memory(data, processes) / processes
+        yield f"| {processes} | {begun:.1f} | {seconds:.2f} | {memory:.0f} |"
+
+
+def epoch(run: Path, processes: int, data: str) -> float:
+    """Seconds of training and validating an epoch."""
+    records = train(run, processes, f"--data={data}", "--epochs=4")
+    epochs = [record for record in records if "val/loss" in record]
+    ends = [record["time"] for record in epochs]
+    seconds: float = statistics.median(b - a for a, b in itertools.pairwise(ends))
+    return seconds
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default="auto", help="as of train_ddp.py")
+    chosen = parser.parse_args()
+    data = chosen.data if chosen.data in ("auto", "bundled") else str(Path(chosen.data).resolve())
+    with tempfile.TemporaryDirectory() as temporary:
+        for lines in (by_processes, by_data):
+            for line in lines(data, Path(temporary)):
+                print(line, flush=True)
+            print(flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""A model of a step's time, fitted to this machine, checked on it, and drawn out to many GPUs.
+
+python -m benchmarks.scaling --data ../shared/data/mnist.pkl.gz
+
+    t(W, B) = max(1, W / cores) * (c0 + c1 * B / W + waits * alpha + passes * beta * bytes)
+
+W ranks of one thread each take a step of global batch B. c0 and c1 are what a step costs by itself
+and by the sample, fitted at W = 1; alpha is one wait for the other ranks, beta a byte of gradient
+added up, fitted at W = 2 (Hockney's alpha-beta model of a message). Up to two ranks wait once and
+pass over the whole vector; more wait twice, for a share each. Ranks beyond the cores take turns.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from benchmarks.parts import NoSum
+from mnist_dist.data import load, locate
+from mnist_dist.engine import train_epoch
+from mnist_dist.launcher import read_launch
+from mnist_dist.model import MLP
+from mnist_dist.optimizer import FlatSGD
+from mnist_dist.sharding import Sharding
+from mnist_dist.shared_memory import HostSum
+from mnist_dist.steps import Choice, StepByHand, build_step
+from mnist_dist.threads import cpus_allowed
+from mnist_dist.world import World, join
+
+_INSIDE = "--inside"
+_STEPS = 100
+_FIT_BATCHES = [16, 64, 256, 512]
+_FIT_SIZES = [64, 16_384, 136_074, 1_000_000]  # float32
+_CHECKED = [1, 2, 3, 4, 6, 8]
+_BATCHES = [64, 512]
+_GRADIENT = 4 * 136_074
+# Not measured: a rank's GPU takes a step of b samples in 40 us + b * 10 ns, one hop of a tree 4 us
+# within a host and 10 us between hosts, and a GPU sends 40 GB/s to others.
+_GPU = {"c0": 40e-6, "c1": 10e-9, "hop_near": 4e-6, "hop_far": 10e-6, "beta": 1 / 40e9}
+
+
+def step_seconds(world: World, data: str, batch: int, rounds: int, alone: bool) -> float:
+    """The median of a step's seconds, with or without the sum over the ranks."""
+    model = MLP()
+    optimizer = FlatSGD(model, 0.001, 0, 0)
+    step = (
+        StepByHand(model, optimizer, NoSum(len(optimizer.flat)), "alone")
+        if alone
+        else build_step(model, optimizer, world, Choice())
+    )
+    train = load(locate(data, None)).train
+    sharding = Sharding(len(train), batch, world.rank, world.world_size, seed=0)
+
+    def steps() -> Iterator[object]:
+        for epoch in range(10**6):
+            yield from train_epoch(step, None, train, sharding, epoch)
+
+    endless = steps()
+    return _median(world, rounds, lambda: [next(endless) for _ in range(_STEPS)]) / _STEPS
+
+
+def sum_seconds(world: World, size: int, rounds: int) -> float:
+    """The median of the seconds that one sum in shared memory takes."""
+    host_sum = HostSum(world, size, timeout=60)
+    seconds = _median(world, rounds, lambda: [host_sum.add_up() for _ in range(_STEPS)]) / _STEPS
+    host_sum.close()
+    return seconds
+
+
+def _median(world: World, rounds: int, work: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(rounds + 1):
+        world.barrier()
+        begun = time.perf_counter()
+        work()
+        world.barrier()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[1:])  # the first warms up
+
+
+def inside(data: str, rounds: int) -> None:
+    """Be one rank; rank 0 prints what was measured."""
+    with join(read_launch(), "cpu", "auto") as world:
+        torch.set_num_threads(1)
+        found: dict[str, dict[int, float]] = {}
+        if world.world_size == 1:
+            found["alone"] = {
+                b: step_seconds(world, data, b, rounds, alone=True) for b in _FIT_BATCHES
+            }
+        if world.world_size == 2:
+            found["sums"] = {size: sum_seconds(world, size, rounds) for size in _FIT_SIZES}
+        found["steps"] = {b: step_seconds(world, data, b, rounds, alone=False) for b in _BATCHES}
+        if world.is_main:
+            print(json.dumps(found))
+
+
+def measured(data: str, world_size: int, rounds: int) -> dict[str, dict[str, float]]:
+    """The same from outside."""
+    module = ["-m", "benchmarks.scaling", _INSIDE, f"--data={data}", f"--rounds={rounds}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+    done = subprocess.run(
+        [sys.executable, *(torchrun if world_size > 1 else []), *module],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    found: dict[str, dict[str, float]] = json.loads(done.stdout)
+    return found
+
+
+def line(points: dict[float, float]) -> tuple[float, float]:
+    """Intercept and slope with the least squares of relative errors."""
+    weights = {x: 1 / y**2 for x, y in points.items()}
+    total = sum(weights.values())
+    x_mean = sum(w * x for x, w in weights.items()) / total
+    y_mean = sum(weights[x] * y for x, y in points.items()) / total
+    covariance = sum(weights[x] * (x - x_mean) * (y - y_mean) for x, y in points.items())
+    slope = covariance / sum(w * (x - x_mean) ** 2 for x, w in weights.items())
+    return y_mean - slope * x_mean, slope
+
+
+def predicted(world_size: int, batch: int, fit: dict[str, float], cores: int) -> float:
+    """Seconds of a step, by the formula above."""
+    waits, passes = {1: (0, 0.0), 2: (1, 1.0)}.get(world_size, (2, 0.5))
+    own = fit["c0"] + fit["c1"] * batch / world_size
+    return max(1, world_size / cores) * (
+        own + waits * fit["alpha"] + passes * fit["beta"] * _GRADIENT
+    )
+
+
+def on_gpus(world_size: int, batch: int) -> float:
+    """Seconds of a step on hosts of 8 GPUs: a tree for the latency, a ring for the bytes."""
+    near, far = math.log2(min(world_size, 8)), math.log2(max(1, world_size / 8))
+    latency = 2 * (near * _GPU["hop_near"] + far * _GPU["hop_far"])
+    moved = 2 * (world_size - 1) / world_size * _GRADIENT * _GPU["beta"]
+    return _GPU["c0"] + _GPU["c1"] * batch / world_size + latency + moved
+
+
+def check(found: dict[int, dict[str, dict[str, float]]], cores: int) -> Iterator[str]:
+    """Lines: the fit, and the table of measured and predicted steps."""
+    c0, c1 = line({float(b): s for b, s in found[1]["alone"].items()})
+    alpha, beta = line({4 * float(n): s for n, s in found[2]["sums"].items()})
+    fit = {"c0": c0, "c1": c1, "alpha": alpha, "beta": beta}
+    yield (
+        f"c0 {1e6 * c0:.0f} us, c1 {1e6 * c1:.2f} us a sample, alpha {1e6 * alpha:.0f} us, "
+        f"1/beta {1e-9 / beta:.1f} GB/s, {cores} cores"
+    )
+    yield from ("", "| processes | global batch | ms a step | by the model | off by |")
+    yield "|---|---|---|---|---|"
+    for world_size, kinds in found.items():
+        for batch, seconds in kinds["steps"].items():
+            model = predicted(world_size, int(batch), fit, cores)
+            off = f"{model / seconds - 1:+.0%}"
+            figures = [f"{1e3 * seconds:.3f}", f"{1e3 * model:.3f}", off]
+            yield "| " + " | ".join([str(world_size), str(batch), *figures]) + " |"
+
+
+def outlook() -> Iterator[str]:
+    """Lines: speed-up over one GPU, by the model and the numbers assumed above."""
+    batches = [64, 1024, 16_384, 262_144]
+    yield "| GPUs | " + " | ".join(f"batch {b:,}" for b in batches) + " |"
+    yield "|---" * (len(batches) + 1) + "|"
+    for gpus in (1, 8, 64, 256, 1024):
+        gains = [f"{on_gpus(1, b) / on_gpus(gpus, b):.1f}" for b in batches]
+        yield f"| {gpus} | " + " | ".join(gains) + " |"
+
+
+def main() -> None:
+    """Print the fit, the check and the outlook."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default="auto", help="as of train_ddp.py")
+    parser.add_argument("--rounds", type=int, default=15, help=f"of {_STEPS} steps each")
+    parser.add_argument(_INSIDE, action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.inside:
+        return inside(chosen.data, chosen.rounds)
+    found = {n: measured(chosen.data, n, chosen.rounds) for n in _CHECKED}
+    print("\n".join([*check(found, cpus_allowed()), "", *outlook()]))
+    return None
+
+
+if __name__ == "__main__":
+    main()
