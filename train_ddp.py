@@ -32,7 +32,7 @@ from mnist_dist.job import (
     resume,
     save,
 )
-from mnist_dist.model import MLP
+from mnist_dist.model import build_model
 from mnist_dist.optimizer import FlatSGD
 from mnist_dist.profiling import profiled
 from mnist_dist.sharding import Sharding
@@ -59,7 +59,7 @@ def build_state(
 ) -> TrainState:
     """Model, optimizer and schedule at step 0."""
     torch.manual_seed(config.seed)
-    model = MLP().to(device)
+    model = build_model().to(device)
     optimizer = FlatSGD(model, config.lr, config.momentum, config.weight_decay)
     scheduler = None
     if config.schedule == "onecycle":

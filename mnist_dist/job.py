@@ -22,6 +22,7 @@ from mnist_dist.failures import LostContactError
 from mnist_dist.gradients import require_compression
 from mnist_dist.interruption import Agreement, StopRequest
 from mnist_dist.launcher import Launch
+from mnist_dist.model import describe
 from mnist_dist.record import Record
 from mnist_dist.run_directory import code_digest, find_run_directory
 from mnist_dist.sharding import Sharding
@@ -140,12 +141,11 @@ def begin(job: Job) -> None:
     facts = world.facts() | data
     compared = config.compared() | {"world_size": world.world_size}
     world.on_main(lambda: job.record.begin(state, config.to_json(), facts, compared))
-    parameters = sum(p.numel() for p in state.model.parameters())
     hosts = f" on {len(facts['hosts'])} hosts" if len(facts["hosts"]) > 1 else ""
     fact = job.console.fact
     fact("world", f"{world.description()}{hosts}, torch {torch.__version__}")
     fact("data", job.dataset.description)
-    fact("model", f"784-128-256-10, {parameters:,} parameters")
+    fact("model", describe(state.model))
     fact(
         "train",
         f"{config.epochs} epochs of {job.sharding.steps_per_epoch} steps, global batch "

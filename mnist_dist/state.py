@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_dist.errors import UserError
+from mnist_dist.model import difference
 from mnist_dist.world import World
 
 FORMAT = 1
@@ -121,6 +122,11 @@ class TrainState:
             UserError: `saved` comes from a run that computes something else.
         """
         self._require_same_run(saved)
+        if fault := difference(saved["model"], self.model):
+            raise UserError(
+                f"--run-dir: its checkpoint holds another model than {type(self.model).__name__}: "
+                f"{fault}; give another --run-dir"
+            )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.scheduler:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from mnist_dist.checkpoint import load_checkpoint
 from mnist_dist.errors import UserError
-from mnist_dist.model import MLP
+from mnist_dist.model import build_model, difference
 
 _REMEDY = "name a run's directory or a checkpoint of this project"
 
@@ -21,7 +21,7 @@ _REMEDY = "name a run's directory or a checkpoint of this project"
 class TrainedModel:
     """A model and what its checkpoint says of its training. Picklable."""
 
-    model: MLP
+    model: nn.Module
     """In evaluation mode, on the CPU."""
     checkpoint: Path
     epoch: int | None
@@ -42,7 +42,7 @@ class TrainedModel:
         return f"{self.checkpoint}{age}"
 
 
-def load_model(path: str | Path) -> MLP:
+def load_model(path: str | Path) -> nn.Module:
     """The model in a checkpoint, or that of a run's best epoch.
 
     Args:
@@ -104,21 +104,16 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(f"{path}: no run's directory: there is no checkpoints/best.pt; {_REMEDY}")
 
 
-def _model(weights: Any, checkpoint: Path) -> MLP:
+def _model(weights: Any, checkpoint: Path) -> nn.Module:
     """`weights` in a model. Raises UserError if they are not those of this project's."""
-    model = MLP()
-    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    if not isinstance(weights, dict) or set(weights) != set(expected):
-        raise UserError(f"{checkpoint}: holds no weights of this project's model; {_REMEDY}")
-    for name, shape in expected.items():
-        weight = weights[name]
-        if not isinstance(weight, Tensor) or tuple(weight.shape) != shape:
-            found = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-            raise UserError(
-                f"{checkpoint}: holds another model: its {name} is {found}, this one's {shape}; "
-                f"{_REMEDY}"
-            )
-        if not (weight.is_floating_point() and torch.isfinite(weight).all()):
+    model = build_model()
+    if fault := difference(weights, model):
+        raise UserError(
+            f"{checkpoint}: holds no weights of this project's model, {type(model).__name__}: "
+            f"{fault}; {_REMEDY}"
+        )
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
             raise UserError(f"{checkpoint}: not all of its {name} are finite numbers; {_REMEDY}")
     model.load_state_dict(weights)
     return model.eval()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+from torch import nn
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from mnist_dist.data.errors import one_line
@@ -15,7 +16,6 @@ from mnist_dist.engine import pixels
 from mnist_dist.errors import UserError
 from mnist_dist.flags import parse_flags
 from mnist_dist.handwriting import find_pictures, prepare
-from mnist_dist.model import MLP
 from mnist_dist.trained_model import load_model
 
 
@@ -47,7 +47,7 @@ class Prediction:
     """Of the digits 0 to 9; they add up to 1."""
 
 
-def predict(model: MLP | str | Path, images: Iterable[str | Path]) -> list[Prediction]:
+def predict(model: nn.Module | str | Path, images: Iterable[str | Path]) -> list[Prediction]:
     """Say which digit is in each picture.
 
     Args:
@@ -57,13 +57,13 @@ def predict(model: MLP | str | Path, images: Iterable[str | Path]) -> list[Predi
     Raises:
         UserError: a file cannot be used; the text names it.
     """
-    network = model if isinstance(model, MLP) else load_model(model)
+    network = model if isinstance(model, nn.Module) else load_model(model)
     files = [file for image in images for file in find_pictures(image)]
     return [_predict(network, file) for file in files]
 
 
 @torch.inference_mode()
-def _predict(model: MLP, file: Path) -> Prediction:
+def _predict(model: nn.Module, file: Path) -> Prediction:
     """One at a time: what is said of a picture must not depend on the others, not in a last bit."""
     probabilities = model(pixels(prepare(file))[None]).softmax(1)[0]
     return Prediction(str(file), int(probabilities.argmax()), tuple(probabilities.tolist()))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mnist_dist.failures import brief
-from mnist_dist.model import MLP
+from mnist_dist.model import build_model
 from mnist_dist.shared_memory import HostSum
 from mnist_dist.world import World
 
@@ -19,7 +19,7 @@ _MOST_CALLS = 30
 
 def gradient_bytes() -> int:
     """Bytes of the model's gradients, which training sums in each step."""
-    return sum(parameter.nbytes for parameter in MLP().parameters())
+    return sum(parameter.nbytes for parameter in build_model().parameters())
 
 
 def sizes() -> list[int]:

@@ -20,7 +20,6 @@ import mnist_dist
 from mnist_dist import handwriting
 from mnist_dist.__main__ import main
 from mnist_dist.data import Split, load, locate
-from mnist_dist.model import MLP
 
 Edit = Callable[[Image.Image], Image.Image]
 
@@ -31,18 +30,18 @@ def digits() -> Split:
 
 
 @pytest.fixture(scope="module")
-def model(trained: Path) -> MLP:
+def model(trained: Path) -> torch.nn.Module:
     return mnist_dist.load_model(trained)
 
 
-def seen(model: MLP, split: Split) -> torch.Tensor:
+def seen(model: torch.nn.Module, split: Split) -> torch.Tensor:
     """What the model makes of the digits as they are in the data."""
     digits: torch.Tensor = model(split.images.float() / 256).argmax(1)
     return digits
 
 
 def test_large_off_centre_digits_on_white_are_read_as_the_original_ones_are(
-    trained: Path, model: MLP, digits: Split, tmp_path: Path
+    trained: Path, model: torch.nn.Module, digits: Split, tmp_path: Path
 ) -> None:
     known = (seen(model, digits) == digits.labels).nonzero().flatten().tolist()[:100]
     assert len(known) == 100
@@ -176,7 +175,7 @@ FORMS: dict[str, Edit] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_form_of_a_picture_does_not_change_its_digit(
-    form: str, model: MLP, digits: Split, tmp_path: Path
+    form: str, model: torch.nn.Module, digits: Split, tmp_path: Path
 ) -> None:
     """Of the first 20 digits that the model knows, one may be lost by the form."""
     known = (seen(model, digits) == digits.labels).nonzero().flatten().tolist()[:20]
@@ -308,7 +307,7 @@ def test_the_function_raises_what_the_command_says(trained: Path, tmp_path: Path
 
 
 def test_a_pictures_prediction_does_not_depend_on_its_company(
-    model: MLP, digits: Split, tmp_path: Path
+    model: torch.nn.Module, digits: Split, tmp_path: Path
 ) -> None:
     write_pictures(digits, range(9), tmp_path / "pictures")
     files = sorted((tmp_path / "pictures").iterdir())
@@ -317,7 +316,7 @@ def test_a_pictures_prediction_does_not_depend_on_its_company(
 
 
 def test_a_jpeg_from_a_large_camera_is_decoded_at_a_smaller_size(
-    model: MLP, digits: Split, tmp_path: Path
+    model: torch.nn.Module, digits: Split, tmp_path: Path
 ) -> None:
     page = one_picture(digits, 5)
     page.save(tmp_path / "page.jpg")
