@@ -77,6 +77,8 @@ def fit(job: Job) -> None:
         share_memory=config.shared_memory == "auto",
         compression=config.grad_compression,
         compile=config.compile,
+        cuda_graphs=config.cuda_graphs == "auto",
+        precision=config.precision,
         timeout=config.step_timeout,
     )
     step = build_step(state.model, state.optimizer, world, choice)

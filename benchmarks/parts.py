@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mnist_dist.by_hand import Perceptron
 from mnist_dist.data import load, locate
 from mnist_dist.engine import evaluate, train_epoch
 from mnist_dist.launcher import read_launch
@@ -94,8 +95,9 @@ class Parts:
         torch.manual_seed(0)
         model = MLP()
         optimizer = FlatSGD(model, 0.001, 0, 0)
+        perceptron = Perceptron([model.hidden1, model.hidden2, model.out])
         step = (
-            StepByHand(model, optimizer, NoSum(len(optimizer.flat)), "alone")
+            StepByHand(perceptron, optimizer, NoSum(len(optimizer.flat)), "alone")
             if world is None
             else build_step(model, optimizer, world, Choice(autograd, share))
         )

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks.parts import NoSum
+from mnist_dist.by_hand import Perceptron
 from mnist_dist.data import load, locate
 from mnist_dist.engine import train_epoch
 from mnist_dist.launcher import read_launch
@@ -50,8 +51,9 @@ def step_seconds(world: World, data: str, batch: int, rounds: int, alone: bool) 
     """The median of a step's seconds, with or without the sum over the ranks."""
     model = MLP()
     optimizer = FlatSGD(model, 0.001, 0, 0)
+    perceptron = Perceptron([model.hidden1, model.hidden2, model.out])
     step = (
-        StepByHand(model, optimizer, NoSum(len(optimizer.flat)), "alone")
+        StepByHand(perceptron, optimizer, NoSum(len(optimizer.flat)), "alone")
         if alone
         else build_step(model, optimizer, world, Choice())
     )

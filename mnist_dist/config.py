@@ -100,8 +100,17 @@ class TrainConfig:
     can. off: by the backend, as between hosts."""
 
     backward: Literal["auto", "autograd"] = "auto"
-    """How gradients are computed. auto: on CPUs by the perceptron's own formulas, to the same bits
+    """How gradients are computed. auto: by the perceptron's own formulas, on CPUs to the same bits
     as autograd in half the time. autograd: always by autograd and DistributedDataParallel."""
+
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """Launch the kernels of a step's gradients on a GPU as one. auto: with --backward auto, if a
+    trial gives autograd's gradients; else says why not. off: one by one, by autograd."""
+
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Of matrix products in training. tf32 (on GPUs) rounds their factors to 10 bits, bf16 to 7, by
+    autograd; weights, losses and sums stay float32. The numbers are then less alike at different
+    numbers of processes."""
 
     compile: bool = False
     """Let torch.compile turn the model into code of its own (with --backward autograd; needs a C++
@@ -160,7 +169,7 @@ class TrainConfig:
         More epochs only extend a constant schedule, but stretch one that depends on the length.
         """
         names = ["global_batch_size", "lr", "momentum", "weight_decay", "schedule", "random_shift"]
-        names += ["seed", "train_samples", "grad_compression"]
+        names += ["seed", "train_samples", "grad_compression", "precision"]
         names += ["epochs"] if self.schedule != "constant" else []
         return {name: getattr(self, name) for name in names}
 

@@ -27,6 +27,7 @@ from mnist_dist.record import Record
 from mnist_dist.run_directory import code_digest, find_run_directory
 from mnist_dist.sharding import Sharding
 from mnist_dist.state import TrainState
+from mnist_dist.steps import use_precision
 from mnist_dist.tracking import Look
 from mnist_dist.world import World, join
 
@@ -69,6 +70,7 @@ def opened(config: TrainConfig, launch: Launch, build_state: Build) -> Iterator[
 def _set_up(config: TrainConfig, world: World, build_state: Build) -> Job:
     """Data, model and the name of the run's record; nothing is written."""
     require_compression(config.grad_compression, world.backend)
+    use_precision(config.precision, world.device)
     console = Console(speaks=world.is_main)
     dataset = _load_data(config, world, console)
     sharding = Sharding(

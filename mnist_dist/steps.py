@@ -2,17 +2,21 @@
 
 import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnist_dist.by_hand import Perceptron
+from mnist_dist.captured import CapturedPerceptron, fault
+from mnist_dist.errors import UserError
 from mnist_dist.gradients import Compression, GradientSum, average_over_ranks, sum_over_ranks
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
 from mnist_dist.world import World
+
+Precision = Literal["fp32", "tf32", "bf16"]
 
 
 class Step(Protocol):
@@ -57,10 +61,19 @@ class AutogradStep:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, world_size: int, way: str
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        world_size: int,
+        way: str,
+        bfloat16: bool = False,
     ) -> None:
-        """Train `model`, as `average_over_ranks` gave it, with `optimizer`."""
+        """Train `model`, as `average_over_ranks` gave it, with `optimizer`.
+
+        With `bfloat16` matrix products are of bfloat16; weights and loss are float32 in any case.
+        """
         self.way = way
+        self._bfloat16 = bfloat16
         self.seconds_adding_up = None
         self._model = model
         self._optimizer = optimizer
@@ -68,7 +81,9 @@ class AutogradStep:
 
     def __call__(self, pixels: Tensor, labels: Tensor, samples: int) -> Tensor:
         """See `Step`."""
-        loss_sum = F.cross_entropy(self._model(pixels), labels, reduction="sum")
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._bfloat16):
+            logits = self._model(pixels)
+        loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum")
         self._optimizer.zero_grad()
         (loss_sum * (self._world_size / samples)).backward()
         self._optimizer.step()
@@ -81,18 +96,25 @@ class AutogradStep:
 
 
 class StepByHand:
-    """Without autograd, for the perceptron on CPUs: the same gradients in half the time.
+    """Without autograd, for the perceptron: the same gradients in half the time.
 
     Every rank scales its part's gradient by 1 / n, so that the sum over ranks is the mean over the
     global batch.
     """
 
-    def __init__(self, model: MLP, optimizer: FlatSGD, gradients: GradientSum, way: str) -> None:
-        """Train `model` with `optimizer`, summing as `sum_over_ranks` says."""
+    def __init__(
+        self,
+        perceptron: Perceptron | CapturedPerceptron,
+        optimizer: FlatSGD,
+        gradients: GradientSum,
+        way: str,
+    ) -> None:
+        """Train what `perceptron` computes with, by `optimizer`; sum as `sum_over_ranks` says."""
         self.way = way
-        self.seconds_adding_up = 0.0
+        # What a GPU is asked for it does later: nobody could say how long that takes.
+        self.seconds_adding_up = 0.0 if optimizer.flat.device.type == "cpu" else None
         self._sum: Tensor | None = None
-        self._perceptron = Perceptron([model.hidden1, model.hidden2, model.out])
+        self._perceptron = perceptron
         self._optimizer = optimizer
         self._gradients = gradients
         self._views = [optimizer.views(slot) for slot in gradients.slots]
@@ -102,12 +124,13 @@ class StepByHand:
         """See `Step`."""
         scale = self._scales.get(samples)
         if scale is None:
-            scale = self._scales[samples] = torch.tensor(1 / samples)
+            scale = self._scales[samples] = torch.tensor(1 / samples, device=pixels.device)
         views = self._views[self._gradients.turn]
         loss_sum = self._perceptron.gradients(pixels, labels, scale, views)
         begun = time.perf_counter()
         self._sum = self._gradients.add_up()
-        self.seconds_adding_up += time.perf_counter() - begun
+        if self.seconds_adding_up is not None:
+            self.seconds_adding_up += time.perf_counter() - begun
         self._optimizer.apply(self._sum)
         return loss_sum
 
@@ -128,6 +151,10 @@ class Choice:
     """What ranks send each other; anything but "none" is for DistributedDataParallel only."""
     compile: bool = False
     """Let torch.compile work on the model; for autograd only."""
+    cuda_graphs: bool = True
+    """Launch the perceptron's kernels on a GPU as one."""
+    precision: Precision = "fp32"
+    """Of matrix products; as `use_precision` has set it."""
     timeout: float = 120.0
     """Seconds that a rank may make the others wait."""
 
@@ -143,17 +170,53 @@ def build_step(
         world: the ranks.
         choice: the user's.
     """
-    plain = not (choice.autograd or choice.compile) and choice.compression == "none"
-    by_hand = plain and world.device.type == "cpu"
     share, timeout = choice.share_memory, choice.timeout
-    if by_hand and type(model) is MLP and isinstance(optimizer, FlatSGD):
-        gradients, way = sum_over_ranks(world, len(optimizer.flat), share, timeout)
-        return StepByHand(model, optimizer, gradients, f"by hand, gradients over {way}")
     how = "autograd"
+    if isinstance(optimizer, FlatSGD) and _by_formulas(model, choice):
+        perceptron, how = _by_hand(model, world, choice.cuda_graphs)
+        if perceptron is not None:
+            gradients, way = sum_over_ranks(world, len(optimizer.flat), share, timeout)
+            return StepByHand(perceptron, optimizer, gradients, f"{how}, gradients over {way}")
     if choice.compile:
         model, how = _compiled(model, world)
+    how += f", {choice.precision}" if choice.precision != "fp32" else ""
     parallel, way = average_over_ranks(model, world, share, timeout, choice.compression)
-    return AutogradStep(parallel, optimizer, world.world_size, f"{how}, gradients over {way}")
+    way = f"{how}, gradients over {way}"
+    return AutogradStep(parallel, optimizer, world.world_size, way, choice.precision == "bf16")
+
+
+def use_precision(precision: Precision, device: torch.device) -> None:
+    """Let float32 matrix products on a GPU be of TF32, if that is meant.
+
+    Raises:
+        UserError: `device` has no TF32.
+    """
+    if precision == "tf32":
+        if device.type != "cuda":
+            raise UserError("--precision tf32: needs a GPU; use fp32, or bf16")
+        torch.set_float32_matmul_precision("high")
+
+
+def _by_formulas(model: nn.Module, choice: Choice) -> TypeGuard[MLP]:
+    """Whether the gradients may be computed by the perceptron's own formulas."""
+    plain = not (choice.autograd or choice.compile) and choice.compression == "none"
+    return type(model) is MLP and plain and choice.precision != "bf16"
+
+
+def _by_hand(
+    model: MLP, world: World, cuda_graphs: bool
+) -> tuple[Perceptron | CapturedPerceptron | None, str]:
+    """The perceptron without autograd, None if some rank cannot; and what became of that."""
+    perceptron = Perceptron([model.hidden1, model.hidden2, model.out])
+    if world.device.type == "cpu":
+        return perceptron, "by hand"
+    if not cuda_graphs:
+        return None, "autograd"
+    captured = CapturedPerceptron(perceptron)
+    failures = [text for text in world.gather(fault(captured, model)) if text is not None]
+    if failures:
+        return None, f"autograd, no CUDA graphs ({failures[0]})"
+    return captured, "by hand in CUDA graphs"
 
 
 def _compiled(model: nn.Module, world: World) -> tuple[nn.Module, str]:

@@ -79,6 +79,23 @@ def test_compressed_gradients_still_learn(tmp_path: Path) -> None:
     assert curve != pytest.approx(exact, rel=1e-5), "nothing was compressed"
 
 
+def test_bfloat16_learns_nearly_the_same_at_any_number_of_processes(tmp_path: Path) -> None:
+    flags = [*FLAGS, "--epochs=4"]
+    exact = losses(completed_run(tmp_path / "fp32", 1, *flags))
+    for processes in (1, 2):
+        run = completed_run(tmp_path / str(processes), processes, *flags, "--precision=bf16")
+        assert losses(run) == pytest.approx(exact, rel=0.02)
+        assert losses(run) != pytest.approx(exact, rel=1e-6), "it is another precision"
+
+
+def test_a_precision_that_the_device_lacks_is_one_line(tmp_path: Path) -> None:
+    ended = run_job(tmp_path, 2, *FLAGS, "--device=cpu", "--precision=tf32", "--run-dir=run")
+    assert [rank.code for rank in ended] == [2, 2]
+    (line,) = "".join(rank.err for rank in ended).splitlines()
+    assert "--precision tf32: needs a GPU" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_compression_that_the_backend_cannot_do_is_one_line(tmp_path: Path) -> None:
     first, second = run_job(tmp_path, 2, "--run-dir=run", *FLAGS, "--grad-compression=bf16")
     assert (first.code, second.code) == (2, 2)

@@ -10,6 +10,7 @@ from processes import ROOT
 LAYERS = [
     {"errors", "atomic", "augmentation", "model", "threads", "by_hand", "optimizer"}
     | {"console", "summary", "event_file", "pictures"},
+    {"captured"},
     {"flags", "failures", "launcher", "network"},
     {"config", "rendezvous"},
     {"world"},

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from processes import command
 
 from mnist_dist.by_hand import Perceptron
+from mnist_dist.captured import fault
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
 
@@ -73,3 +74,17 @@ optimizer.load_state_dict(optimizer.state_dict())
 print("torch._dynamo" in sys.modules)
 """
     assert command(Path(), sys.executable, "-c", program).out == "False\n"
+
+
+def test_a_trial_tells_gradients_that_are_autograds_from_others() -> None:
+    """What decides on a GPU whether its graphs are used; here of what they would record."""
+    torch.manual_seed(0)
+    model = MLP()
+    layers = [model.hidden1, model.hidden2, model.out]
+    assert fault(Perceptron(layers), model) is None
+    other = MLP()
+    assert fault(Perceptron([*layers[:2], other.out]), model) == (
+        "a replayed graph gives other gradients than autograd"
+    )
+    narrow = torch.nn.Linear(7, 10)
+    assert str(fault(Perceptron([*layers[:2], narrow]), model)).startswith("RuntimeError: ")
