@@ -118,7 +118,7 @@ def test_the_command_runs_as_written(typed: str, checkout: Path) -> None:
     assert isinstance(row, Here)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     script = re.sub(r"^\.\.\.", "python", typed)
-    ended = command(checkout, "bash", "-ec", script, environment={"PATH": path})
+    ended = command(checkout, "bash", "-ec", script, environment={"PATH": path, "PIP_QUIET": "0"})
     assert ended.code == 0, ended.out + ended.err
     assert re.search(row.says, ended.out), ended.out
 
