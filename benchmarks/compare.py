@@ -25,16 +25,26 @@ from benchmarks.jobs import train
 from benchmarks.peers import PEERS, Work
 
 OURS = "mnist-dist"
+BESIDE = "share of ours that is not training"
 _INSIDE = "--inside"
 
 
-def epochs_of_ours(work: Work, processes: int) -> list[float]:
-    """Seconds of each epoch of the real job but the first, from its own record."""
+def epochs_of_ours(work: Work, processes: int) -> tuple[list[float], list[float]]:
+    """Each epoch of the real job but the first, from its own record.
+
+    Returns:
+        Its seconds, and the share of them that validation, records and checkpoints took.
+    """
     with tempfile.TemporaryDirectory() as directory:
         flags = [f"--epochs={work.epochs}", f"--global-batch-size={work.global_batch_size}"]
         records = train(Path(directory) / "run", processes, f"--data={work.data}", *flags)
-    ends = [record["time"] for record in records if "val/loss" in record]
-    return [after - before for before, after in itertools.pairwise(ends)]
+    epochs = [record for record in records if "val/loss" in record]
+    seconds, beside = [], []
+    for before, after in itertools.pairwise(epochs):
+        seconds.append(after["time"] - before["time"])
+        trained = after["perf/step_ms"] / 1e3 * (after["step"] - before["step"])
+        beside.append(1 - trained / seconds[-1])
+    return seconds, beside
 
 
 def epochs_of_peer(name: str, work: Work, processes: int) -> list[float]:
@@ -63,9 +73,11 @@ def run_inside(name: str, work: Work) -> None:
 
 def measure(work: Work, processes: int, rounds: int, names: list[str]) -> dict[str, list[float]]:
     """Seconds of all epochs of each contender; the contenders take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in (OURS, *names)}
+    seconds: dict[str, list[float]] = {name: [] for name in (OURS, *names, BESIDE)}
     for _ in range(rounds):
-        seconds[OURS] += epochs_of_ours(work, processes)
+        own, beside = epochs_of_ours(work, processes)
+        seconds[OURS] += own
+        seconds[BESIDE] += beside
         for name in names:
             seconds[name] += epochs_of_peer(name, work, processes)
     return seconds
@@ -77,6 +89,10 @@ def table(processes: int, seconds: dict[str, list[float]]) -> list[str]:
     lines = []
     for name, values in seconds.items():
         middle = statistics.median(values)
+        if name == BESIDE:
+            spread = f"{min(values):.1%} to {max(values):.1%}"
+            lines.append(f"| {processes} | {name} | {middle:.1%} | {spread} | |")
+            continue
         spread = f"{min(values):.2f} to {max(values):.2f}"
         lines.append(f"| {processes} | {name} | {middle:.2f} | {spread} | {middle / ours:.2f} |")
     return lines

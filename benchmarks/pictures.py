@@ -31,7 +31,7 @@ def checkout(directory: Path, pickle: Path | None) -> Path:
     shutil.copy(ROOT / "train_ddp.py", directory)
     if pickle is not None:
         (directory / "data" / "mnist").mkdir(parents=True)
-        (directory / "data" / "mnist" / "mnist.pkl.gz").symlink_to(pickle.resolve())
+        shutil.copy(pickle, directory / "data" / "mnist" / "mnist.pkl.gz")
     return directory
 
 
