@@ -18,21 +18,6 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return _AT_A_TIME if config.args == config.getini("testpaths") else 0
 
 
-# The folders whose tests take longest, and wait most, begin: none of them is left for the end, when
-# it would run alone.
-_FIRST = ["slurm", "hosts", "faults", "launcher", "screen", "doctor", "distributed", "docs"]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the folders in order; files of one folder, and tests of one file, stay in theirs."""
-
-    def place(item: pytest.Item) -> int:
-        folder = item.path.parent.name
-        return _FIRST.index(folder) if folder in _FIRST else len(_FIRST)
-
-    items.sort(key=place)
-
-
 @pytest.fixture(autouse=True, scope="session")
 def sealed_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Point cache and download at places of this test session; nothing listens on port 9."""
