@@ -80,6 +80,7 @@ COMMANDS: dict[str, Here | By | Never] = {
         ".ci/run", "pip install -e '.[dev]'"
     ),
     "pip install -e '.[onnx]'": Never("installs packages; the extra is part of '.[test]'"),
+    "pip install -e '.[compare]'": Never("installs the peers, which only the benchmarks run"),
     "pytest": By(".ci/run", '$(readme_command "test")'),
     "pytest tests/unit": Never("a part of the suite that is running"),
     "pytest tests/FOLDER": Never("a part of the suite that is running"),
