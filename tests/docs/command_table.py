@@ -83,6 +83,7 @@ COMMANDS: dict[str, Here | By | Never] = {
     "pip install -e '.[compare]'": Never("installs the peers, which only the benchmarks run"),
     "pytest": By(".ci/run", '$(readme_command "test")'),
     "pytest tests/unit": Never("a part of the suite that is running"),
+    "pytest tests/hosts -rP": Never("a part of the suite that is running"),
     "pytest tests/FOLDER": Never("a part of the suite that is running"),
     "ruff check . && ruff format --check . && mypy": By(
         ".ci/run", "ruff check .\nruff format --check .\nmypy\n"
