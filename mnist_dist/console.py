@@ -147,11 +147,13 @@ class Progress:
 
     def epoch(self, epoch: int, step: int, figures: Mapping[str, float], best: bool) -> None:
         """Say a finished epoch's figures, by their tags."""
+        speed = figures.get("perf/samples_per_second")
+        shown = "" if speed is None else f"{speed:,.0f} samples/s  "
         validation = f"{figures['val/loss']:.4f}, {figures['val/accuracy']:6.2%}"
         self._console.say(
             f"{self._course.name(epoch)}  step {step:,}  train loss {figures['train/loss']:.4f}  "
             f"val loss {paint(validation, 'good') if best else validation}  "
-            f"{figures['perf/samples_per_second']:,.0f} samples/s  {self._course.left(step)}"
+            f"{shown}{self._course.left(step)}"
         )
 
     def close(self) -> None:
