@@ -59,7 +59,7 @@ class Sharding:
 
     def samples_from(self, batch: int) -> int:
         """Samples in an epoch's global batches from `batch` on, summed over all ranks."""
-        return self.samples - batch * self.global_batch_size
+        return max(0, self.samples - batch * self.global_batch_size)
 
     def _entries_before(self, position: int) -> int:
         """How many of this rank's entries stand before `position` of the permutation."""

@@ -89,6 +89,6 @@ def test_evaluation_covers_every_sample_exactly_once(samples: int, world_size: i
 @given(sizes, batches)
 def test_samples_from_counts_what_is_left_of_an_epoch(samples: int, batch_size: int) -> None:
     sharding = Sharding(samples, batch_size, 0, 1, seed=0)
-    for batch in range(sharding.steps_per_epoch):
+    for batch in range(sharding.steps_per_epoch + 1):
         left = sum(sharding.batch_samples(k) for k in range(batch, sharding.steps_per_epoch))
         assert sharding.samples_from(batch) == left
