@@ -108,9 +108,9 @@ class TrainConfig:
     trial gives autograd's gradients; else says why not. off: one by one, by autograd."""
 
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Of matrix products in training. tf32 (on GPUs) rounds their factors to 10 bits, bf16 to 7, by
-    autograd; weights, losses and sums stay float32. The numbers are then less alike at different
-    numbers of processes."""
+    """Of matrix products. tf32 (on GPUs, also in the run's own validation and test) rounds their
+    factors to 10 bits, bf16 (in training, by autograd) to 7; weights, losses and sums stay float32.
+    The numbers are then less alike at different numbers of processes."""
 
     compile: bool = False
     """Let torch.compile turn the model into code of its own (with --backward autograd; needs a C++

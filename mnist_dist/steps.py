@@ -1,5 +1,6 @@
 """What one training step does: the mean gradient of a global batch over all ranks, and its use."""
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeGuard
@@ -73,7 +74,10 @@ class AutogradStep:
         With `bfloat16` matrix products are of bfloat16; weights and loss are float32 in any case.
         """
         self.way = way
-        self._bfloat16 = bfloat16
+        device = next(model.parameters()).device.type
+        self._products: contextlib.AbstractContextManager[None] = (
+            torch.autocast(device, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
+        )
         self.seconds_adding_up = None
         self._model = model
         self._optimizer = optimizer
@@ -81,7 +85,7 @@ class AutogradStep:
 
     def __call__(self, pixels: Tensor, labels: Tensor, samples: int) -> Tensor:
         """See `Step`."""
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._bfloat16):
+        with self._products:
             logits = self._model(pixels)
         loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum")
         self._optimizer.zero_grad()
@@ -171,17 +175,18 @@ def build_step(
         choice: the user's.
     """
     share, timeout = choice.share_memory, choice.timeout
+    exactly = "" if choice.precision == "fp32" else f", {choice.precision}"
     how = "autograd"
     if isinstance(optimizer, FlatSGD) and _by_formulas(model, choice):
         perceptron, how = _by_hand(model, world, choice.cuda_graphs)
         if perceptron is not None:
             gradients, way = sum_over_ranks(world, len(optimizer.flat), share, timeout)
-            return StepByHand(perceptron, optimizer, gradients, f"{how}, gradients over {way}")
+            way = f"{how}{exactly}, gradients over {way}"
+            return StepByHand(perceptron, optimizer, gradients, way)
     if choice.compile:
         model, how = _compiled(model, world)
-    how += f", {choice.precision}" if choice.precision != "fp32" else ""
     parallel, way = average_over_ranks(model, world, share, timeout, choice.compression)
-    way = f"{how}, gradients over {way}"
+    way = f"{how}{exactly}, gradients over {way}"
     return AutogradStep(parallel, optimizer, world.world_size, way, choice.precision == "bf16")
 
 
