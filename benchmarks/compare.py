@@ -9,7 +9,6 @@ of each job warms up and does not count. Then follow the tables of `benchmarks.p
 """
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import parts, start
-from benchmarks.jobs import train
+from benchmarks.jobs import epochs_after_the_first, train
 from benchmarks.peers import PEERS, Work
 
 OURS = "mnist-dist"
@@ -38,13 +37,10 @@ def epochs_of_ours(work: Work, processes: int) -> tuple[list[float], list[float]
     with tempfile.TemporaryDirectory() as directory:
         flags = [f"--epochs={work.epochs}", f"--global-batch-size={work.global_batch_size}"]
         records = train(Path(directory) / "run", processes, f"--data={work.data}", *flags)
-    epochs = [record for record in records if "val/loss" in record]
-    seconds, beside = [], []
-    for before, after in itertools.pairwise(epochs):
-        seconds.append(after["time"] - before["time"])
-        trained = after["perf/step_ms"] / 1e3 * (after["step"] - before["step"])
-        beside.append(1 - trained / seconds[-1])
-    return seconds, beside
+    epochs = epochs_after_the_first(records)
+    steps = records[0]["step"]
+    beside = [1 - steps * record["perf/step_ms"] / 1e3 / seconds for seconds, record in epochs]
+    return [seconds for seconds, _ in epochs], beside
 
 
 def epochs_of_peer(name: str, work: Work, processes: int) -> list[float]:

@@ -7,42 +7,20 @@ All take turns; the first epoch of each warms up. `--device cpu` tries the progr
 """
 
 import argparse
-import itertools
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
 
-from benchmarks.jobs import train
-from benchmarks.peers import LR, Work
+from benchmarks.jobs import epochs_after_the_first, train
+from benchmarks.peers import LR, Work, clock, original
 from mnist_dist.model import MLP
-
-
-def original(work: Work, device: torch.device) -> Iterator[float]:
-    """Batches from a DataLoader on the CPU, each sent to the GPU."""
-    training, validation = work.datasets()
-    train_loader = DataLoader(training, work.batch, shuffle=True)
-    valid_loader = DataLoader(validation, 2 * work.batch)
-    model = MLP().to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    while True:
-        begun = time.perf_counter()
-        for images, labels in train_loader:
-            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            for images, labels in valid_loader:
-                F.cross_entropy(model(images.to(device)), labels.to(device)).item()
-        yield time.perf_counter() - begun
 
 
 def eager_ddp(work: Work, device: torch.device) -> Iterator[float]:
@@ -56,15 +34,16 @@ def eager_ddp(work: Work, device: torch.device) -> Iterator[float]:
     bare = MLP().to(device)
     model = nn.parallel.DistributedDataParallel(bare)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    while True:
-        begun = time.perf_counter()
+
+    def epoch(_: int) -> None:
         for part in torch.randperm(len(images), device=device).split(work.batch):
             optimizer.zero_grad()
             F.cross_entropy(model(images[part]), labels[part]).backward()
             optimizer.step()
         with torch.no_grad():
             F.cross_entropy(bare(valid_images), valid_labels).item()
-        yield time.perf_counter() - begun
+
+    yield from clock(work.epochs, epoch)
 
 
 def ours(work: Work, device: torch.device, *flags: str) -> list[float]:
@@ -73,8 +52,7 @@ def ours(work: Work, device: torch.device, *flags: str) -> list[float]:
         size = f"--global-batch-size={work.global_batch_size}"
         words = [f"--data={work.data}", f"--epochs={work.epochs}", size, f"--device={device.type}"]
         records = train(Path(directory) / "run", 1, *words, *flags)
-    ends = [record["time"] for record in records if "val/loss" in record]
-    return [after - before for before, after in itertools.pairwise(ends)]
+    return [seconds for seconds, _ in epochs_after_the_first(records)]
 
 
 def main() -> None:
@@ -87,7 +65,8 @@ def main() -> None:
     chosen = parser.parse_args()
     device = torch.device(chosen.device)
     work = Work(chosen.data, 4, chosen.batch)
-    loops = {"original script": original(work, device), "eager DDP": eager_ddp(work, device)}
+    endless = replace(work, epochs=chosen.rounds + 1)
+    loops = {"original script": original(endless, device), "eager DDP": eager_ddp(endless, device)}
     for loop in loops.values():
         next(loop)
     seconds: dict[str, list[float]] = {}

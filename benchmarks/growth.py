@@ -6,7 +6,6 @@ The larger set is every image ten times over. Memory is as in `benchmarks.start`
 """
 
 import argparse
-import itertools
 import os
 import statistics
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import start
-from benchmarks.jobs import train
+from benchmarks.jobs import epochs_after_the_first, train
 from mnist_dist.data import load, locate
 
 _TIMES = 10
@@ -69,10 +68,7 @@ def by_processes(data: str, directory: Path) -> Iterator[str]:
 def epoch(run: Path, processes: int, data: str) -> float:
     """Seconds of training and validating an epoch."""
     records = train(run, processes, f"--data={data}", "--epochs=4")
-    epochs = [record for record in records if "val/loss" in record]
-    ends = [record["time"] for record in epochs]
-    seconds: float = statistics.median(b - a for a, b in itertools.pairwise(ends))
-    return seconds
+    return statistics.median(seconds for seconds, _ in epochs_after_the_first(records))
 
 
 def main() -> None:

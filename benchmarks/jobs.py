@@ -1,5 +1,6 @@
 """Run the real job as a user would, and read what it recorded."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -20,3 +21,11 @@ def train(run_dir: Path, processes: int, *flags: str) -> list[dict[str, Any]]:
     command = [sys.executable, *launcher, str(ROOT / "train_ddp.py"), f"--run-dir={run_dir}"]
     subprocess.run([*command, *flags], check=True, stdout=subprocess.DEVNULL)
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def epochs_after_the_first(
+    records: list[dict[str, Any]],
+) -> list[tuple[float, dict[str, Any]]]:
+    """Seconds of each epoch but the first, validation and records included; what it recorded."""
+    epochs = [record for record in records if "val/loss" in record]
+    return [(own["time"] - last["time"], own) for last, own in itertools.pairwise(epochs)]

@@ -51,6 +51,12 @@ class NoSum:
         return self.slots[0]
 
 
+def step_alone(model: MLP, optimizer: FlatSGD) -> StepByHand:
+    """A step of this rank, which waits for no other."""
+    perceptron = Perceptron([model.hidden1, model.hidden2, model.out])
+    return StepByHand(perceptron, optimizer, NoSum(len(optimizer.flat)), "alone")
+
+
 @dataclass(frozen=True)
 class Parts:
     """The kinds of one rank."""
@@ -95,9 +101,8 @@ class Parts:
         torch.manual_seed(0)
         model = MLP()
         optimizer = FlatSGD(model, 0.001, 0, 0)
-        perceptron = Perceptron([model.hidden1, model.hidden2, model.out])
         step = (
-            StepByHand(perceptron, optimizer, NoSum(len(optimizer.flat)), "alone")
+            step_alone(model, optimizer)
             if world is None
             else build_step(model, optimizer, world, Choice(autograd, share))
         )

@@ -50,23 +50,23 @@ def _tensors(split: Split) -> TensorDataset:
     return TensorDataset(split.images.to(torch.float32) / 256, split.labels)
 
 
-def _clock(epochs: int, epoch: Callable[[int], object]) -> Iterator[float]:
+def clock(epochs: int, epoch: Callable[[int], object]) -> Iterator[float]:
     for number in range(epochs):
         begun = time.perf_counter()
         epoch(number)
         yield time.perf_counter() - begun
 
 
-def original(work: Work) -> Iterator[float]:
-    """The single-process script that this project starts from."""
+def original(work: Work, device: torch.device | str = "cpu") -> Iterator[float]:
+    """The single-process script that this project starts from; its batches go to `device`."""
     train, valid = work.datasets()
     train_loader = DataLoader(train, batch_size=work.batch, shuffle=True)
     valid_loader = DataLoader(valid, batch_size=2 * work.batch)
-    model = MLP()
+    model = MLP().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
 
     def loss_of_batch(images: Tensor, labels: Tensor, *, learn: bool) -> tuple[float, int]:
-        loss = F.cross_entropy(model(images), labels)
+        loss = F.cross_entropy(model(images.to(device)), labels.to(device))
         if learn:
             loss.backward()
             optimizer.step()
@@ -84,7 +84,7 @@ def original(work: Work) -> Iterator[float]:
             ]
         sum(loss * count for loss, count in results) / sum(count for _, count in results)
 
-    yield from _clock(work.epochs, epoch)
+    yield from clock(work.epochs, epoch)
 
 
 def ddp_tutorial(work: Work) -> Iterator[float]:
@@ -120,7 +120,7 @@ def ddp_tutorial(work: Work) -> Iterator[float]:
         if several:
             dist.all_reduce(total)
 
-    yield from _clock(work.epochs, epoch)
+    yield from clock(work.epochs, epoch)
 
 
 def fabric(work: Work) -> Iterator[float]:
@@ -153,7 +153,7 @@ def fabric(work: Work) -> Iterator[float]:
                 total += torch.tensor([loss * len(images), len(images)])
         tool.all_reduce(total, reduce_op="sum")
 
-    yield from _clock(work.epochs, epoch)
+    yield from clock(work.epochs, epoch)
 
 
 def trainer(work: Work) -> Iterator[float]:
@@ -233,7 +233,7 @@ def accelerate(work: Work) -> Iterator[float]:
                 losses.append(tool.gather_for_metrics(loss))
         torch.cat(losses).mean().item()
 
-    yield from _clock(work.epochs, epoch)
+    yield from clock(work.epochs, epoch)
 
 
 def ignite(work: Work) -> Iterator[float]:

@@ -22,8 +22,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.parts import NoSum
-from mnist_dist.by_hand import Perceptron
+from benchmarks.parts import step_alone
 from mnist_dist.data import load, locate
 from mnist_dist.engine import train_epoch
 from mnist_dist.launcher import read_launch
@@ -31,7 +30,7 @@ from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
 from mnist_dist.sharding import Sharding
 from mnist_dist.shared_memory import HostSum
-from mnist_dist.steps import Choice, StepByHand, build_step
+from mnist_dist.steps import Choice, build_step
 from mnist_dist.threads import cpus_allowed
 from mnist_dist.world import World, join
 
@@ -51,12 +50,7 @@ def step_seconds(world: World, data: str, batch: int, rounds: int, alone: bool) 
     """The median of a step's seconds, with or without the sum over the ranks."""
     model = MLP()
     optimizer = FlatSGD(model, 0.001, 0, 0)
-    perceptron = Perceptron([model.hidden1, model.hidden2, model.out])
-    step = (
-        StepByHand(perceptron, optimizer, NoSum(len(optimizer.flat)), "alone")
-        if alone
-        else build_step(model, optimizer, world, Choice())
-    )
+    step = step_alone(model, optimizer) if alone else build_step(model, optimizer, world, Choice())
     train = load(locate(data, None)).train
     sharding = Sharding(len(train), batch, world.rank, world.world_size, seed=0)
 
