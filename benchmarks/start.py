@@ -42,7 +42,7 @@ def pss():
             return int(line.split()[1]) / 1024
 """
 _BARE_RANK = f"""
-import torch, torch.distributed as dist
+import os, torch, torch.distributed as dist
 {_PSS}
 dist.init_process_group("gloo")
 dist.all_reduce(torch.ones(1))
@@ -50,7 +50,9 @@ dist.barrier()
 sizes = [None] * dist.get_world_size()
 dist.all_gather_object(sizes, pss())
 if dist.get_rank() == 0:
-    print(sum(sizes))
+    print(sum(sizes), flush=True)
+dist.barrier()
+os._exit(0)  # left to the interpreter's end, gloo's threads abort the process now and then
 """
 # The job as it is; after its first epoch every rank says what it takes.
 _OUR_RANK = f"""
