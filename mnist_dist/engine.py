@@ -11,11 +11,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_dist.augmentation import random_shifts, shifted
 from mnist_dist.data import Split
+from mnist_dist.inference import quick_logits
 from mnist_dist.sharding import Sharding, evaluation_share
 from mnist_dist.steps import Step
 from mnist_dist.world import World
 
-_EVALUATION_BATCH = 512
+_EVALUATION_BATCH = 1000
 _CLASSES = 10
 
 
@@ -133,24 +134,15 @@ def evaluate(model: nn.Module, split: Split, world: World, mistakes: int = 0) ->
     """
     was_training = model.training
     model.eval()
-    device = split.images.device
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    confusion = torch.zeros(_CLASSES**2, dtype=torch.float64, device=device)
-    wrong: list[Tensor] = []
     share = evaluation_share(world.rank, world.world_size)
-    places = torch.arange(len(split), device=device)
-    own = [
-        tensor[share].split(_EVALUATION_BATCH) for tensor in (split.images, split.labels, places)
-    ]
-    for images, labels, part in zip(*own, strict=True):
-        logits = model(pixels(images))
-        loss_sum += F.cross_entropy(logits, labels, reduction="none").double().sum()
-        predicted = logits.argmax(1)
-        confusion += torch.bincount(labels * _CLASSES + predicted, minlength=_CLASSES**2)
-        if mistakes:
-            wrong.append(_surest_mistakes(part, labels, predicted, logits, mistakes))
+    images, labels = split.images[share], split.labels[share]
+    logits_of = quick_logits(model)
+    logits = torch.cat([logits_of(pixels(part)) for part in images.split(_EVALUATION_BATCH)])
     model.train(was_training)
-    sums = world.sum(torch.cat([loss_sum.reshape(1), confusion])).cpu()
+    loss_sum = F.cross_entropy(logits, labels, reduction="none").double().sum()
+    predicted = logits.argmax(1)
+    confusion = torch.bincount(labels * _CLASSES + predicted, minlength=_CLASSES**2)
+    sums = world.sum(torch.cat([loss_sum.reshape(1), confusion.double()])).cpu()
     count = int(sums[1:].sum())
     if count != len(split):
         raise RuntimeError(f"evaluated {count} samples of a split of {len(split)}")
@@ -158,31 +150,25 @@ def evaluate(model: nn.Module, split: Split, world: World, mistakes: int = 0) ->
     return Evaluation(
         loss=sums[0].item() / count,
         confusion=tuple(map(tuple, table)),
-        mistakes=_surest_of_all(wrong, world, mistakes) if mistakes else (),
+        mistakes=_surest_mistakes(logits, predicted, labels, world, mistakes) if mistakes else (),
     )
 
 
 def _surest_mistakes(
-    part: Tensor, labels: Tensor, predicted: Tensor, logits: Tensor, most: int
-) -> Tensor:
-    """(most or fewer, 4) float64: index, label, prediction and its probability."""
+    logits: Tensor, predicted: Tensor, labels: Tensor, world: World, most: int
+) -> tuple[Mistake, ...]:
+    """The surest of all ranks' mistakes; each rank gives `most` rows, filled up with index -1."""
     wrong = (predicted != labels).nonzero().flatten()
     probability, order = logits[wrong].softmax(1).amax(1).sort(descending=True)
     chosen = wrong[order[:most]]
-    columns = [part[chosen], labels[chosen], predicted[chosen], probability[:most]]
-    return torch.stack([column.double() for column in columns], 1)
-
-
-def _surest_of_all(wrong: list[Tensor], world: World, most: int) -> tuple[Mistake, ...]:
-    """The surest of the ranks' mistakes; each rank gives `most`, filled up with index -1."""
-    rows = [row for part in wrong for row in part.tolist()]
-    rows = sorted(rows, key=lambda row: -row[3])[:most]
-    rows += [[-1.0, 0.0, 0.0, 0.0]] * (most - len(rows))
-    gathered = world.gather_numbers([number for row in rows for number in row])
+    places = world.rank + world.world_size * chosen  # as evaluation_share has it
+    columns = [places, labels[chosen], predicted[chosen], probability[:most]]
+    rows = torch.full((most, 4), -1, dtype=torch.float64)
+    rows[: len(chosen)] = torch.stack([column.double() for column in columns], 1).cpu()
     found = [
-        Mistake(int(numbers[n]), int(numbers[n + 1]), int(numbers[n + 2]), numbers[n + 3])
-        for numbers in gathered
-        for n in range(0, len(numbers), 4)
-        if numbers[n] >= 0
+        Mistake(int(index), int(label), int(taken), sureness)
+        for part in world.gather_tensors(rows)
+        for index, label, taken, sureness in part.tolist()
+        if index >= 0
     ]
     return tuple(sorted(found, key=lambda m: (-m.probability, m.index))[:most])

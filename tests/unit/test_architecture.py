@@ -10,7 +10,7 @@ from processes import ROOT
 LAYERS = [
     {"errors", "atomic", "augmentation", "model", "threads", "by_hand", "optimizer"}
     | {"console", "summary", "event_file", "pictures"},
-    {"captured"},
+    {"captured", "inference"},
     {"flags", "failures", "launcher", "network"},
     {"config", "rendezvous"},
     {"world"},
