@@ -15,8 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.live_job import LiveJob
 
-# A second or more an epoch at any number of processes, so that faults happen within one.
-SAMPLES = 2500
+# Over a second an epoch, which is how often two processes meet, so that faults happen within one.
+SAMPLES = 1500
+SLOW_JOB = Path(__file__).with_name("slow_job.py")
 Pick = Callable[[LiveJob], int]
 
 
@@ -24,9 +25,15 @@ FLAGS = ["--data=bundled", f"--train-samples={SAMPLES}", "--epochs=2", "--lr=0.0
 FLAGS += ["--global-batch-size=1"]
 
 
+def slow_job(
+    directory: Path, processes: int, *flags: str, torchrun: tuple[str, ...] = ()
+) -> LiveJob:
+    return LiveJob(directory, processes, *FLAGS, *flags, torchrun=torchrun, script=SLOW_JOB)
+
+
 def unbroken(directory: Path, processes: int) -> Path:
     directory.mkdir()
-    with LiveJob(directory, processes, *FLAGS) as job:
+    with slow_job(directory, processes) as job:
         assert job.wait() == 0, job.output
         return job.run
 
@@ -91,7 +98,7 @@ def test_a_stop_saves_mid_epoch_and_the_same_command_continues_to_the_same_bits(
     tmp_path: Path,
     whole: dict[int, Path],
 ) -> None:
-    with LiveJob(tmp_path, processes, *FLAGS, torchrun=torchrun) as job:
+    with slow_job(tmp_path, processes, torchrun=torchrun) as job:
         job.until_training()
         time.sleep(0.1)
         os.kill(target(job), number)
@@ -103,7 +110,7 @@ def test_a_stop_saves_mid_epoch_and_the_same_command_continues_to_the_same_bits(
         assert final(job.run)["step"] == step
         assert f"{number.name} at step {step}, saved" in job.output
         assert job.alive() == {}
-    with LiveJob(tmp_path, processes, *FLAGS) as job:
+    with slow_job(tmp_path, processes) as job:
         assert job.wait() == 0, job.output
         assert f"resume at step {step}, 1 epochs done" in job.output
         assert job.status["status"] == "completed"
@@ -112,7 +119,7 @@ def test_a_stop_saves_mid_epoch_and_the_same_command_continues_to_the_same_bits(
 
 def test_a_second_request_ends_at_once(tmp_path: Path) -> None:
     """The first one alone would wait for the ranks' agreement: here one of them is stopped."""
-    with LiveJob(tmp_path, 2, *FLAGS) as job:
+    with slow_job(tmp_path, 2) as job:
         job.until_training()
         os.kill(job.pid_of(0), signal.SIGSTOP)
         victim = job.pid_of(1)
@@ -129,7 +136,7 @@ def test_a_second_request_ends_at_once(tmp_path: Path) -> None:
 def test_a_killed_rank_is_restarted_by_torchrun_and_nothing_is_lost(
     victim: str, tmp_path: Path, whole: dict[int, Path]
 ) -> None:
-    with LiveJob(tmp_path, 2, *FLAGS, torchrun=("--max-restarts=3",)) as job:
+    with slow_job(tmp_path, 2, torchrun=("--max-restarts=3",)) as job:
         job.until_training()
         time.sleep(random.uniform(0, 1))
         ranks = [pid for pid, rank in job.alive().items() if rank is not None]
@@ -145,7 +152,7 @@ def test_no_process_outlives_its_launcher_and_a_relaunch_continues(
     number: signal.Signals, tmp_path: Path, whole: dict[int, Path]
 ) -> None:
     """Torchrun dies of SIGUSR1 by default, without a word to its workers."""
-    with LiveJob(tmp_path, 2, *FLAGS) as job:
+    with slow_job(tmp_path, 2) as job:
         job.until_training()
         held = job.holdings()
         os.kill(job.launcher.pid, number)
@@ -154,13 +161,13 @@ def test_no_process_outlives_its_launcher_and_a_relaunch_continues(
         assert "the launcher is gone" in job.output
     if number == signal.SIGUSR1:
         return
-    with LiveJob(tmp_path, 2, *FLAGS) as job:
+    with slow_job(tmp_path, 2) as job:
         assert job.wait() == 0, job.output
         assert_same_end(job.run, whole[2])
 
 
 def test_the_others_end_by_the_step_timeout_when_a_rank_hangs(tmp_path: Path) -> None:
-    with LiveJob(tmp_path, 3, *FLAGS, "--step-timeout=10") as job:
+    with slow_job(tmp_path, 3, "--step-timeout=10") as job:
         job.until_training()
         stopped, held = job.pid_of(1), job.holdings()
         os.kill(stopped, signal.SIGSTOP)
@@ -176,9 +183,7 @@ def test_the_others_end_by_the_step_timeout_when_a_rank_hangs(tmp_path: Path) ->
 
 def test_a_rank_that_never_comes_is_named_within_the_setup_timeout(tmp_path: Path) -> None:
     """Rank 1 is stopped as soon as it exists, long before it could join."""
-    with LiveJob(
-        tmp_path, 2, *FLAGS, "--setup-timeout=8", torchrun=("--shutdown-timeout=2",)
-    ) as job:
+    with slow_job(tmp_path, 2, "--setup-timeout=8", torchrun=("--shutdown-timeout=2",)) as job:
         job.until(lambda: 1 in job.alive().values())
         stopped = job.pid_of(1)
         os.kill(stopped, signal.SIGSTOP)
