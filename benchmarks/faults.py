@@ -69,8 +69,7 @@ def _save_for_ever(state: dict[str, Any], directory: Path, kind: str) -> None:
         if kind == "torch.save":
             torch.save(state, directory / "newest.pt")
         else:
-            store.save_best(state, step, {})
-            store.save(state, step, {})
+            store.save(state, step, {}, best=True)
             store.flush()
 
 

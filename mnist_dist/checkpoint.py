@@ -13,8 +13,9 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,26 +46,53 @@ class CheckpointStore:
             if not sidecar.with_suffix(".pt").exists():
                 sidecar.unlink(missing_ok=True)
 
-    def save(self, state: dict[str, Any], step: int, facts: Mapping[str, Any]) -> None:
-        """Begin to write `step_<step>.pt` and its sidecar, then to delete what is too old.
+    def save(
+        self,
+        state: dict[str, Any],
+        step: int,
+        facts: Mapping[str, Any],
+        best: bool = False,
+        newest: bool = True,
+    ) -> None:
+        """Begin to write a state: as `best.pt` in place of the one before, as `step_<step>.pt`.
+
+        Each gets its sidecar, with the `facts`; then what is too old is deleted.
 
         Raises:
             OSError: an earlier write failed, or the disk cannot take this one; older files are
                 intact.
         """
-        self._submit(f"step_{step:08d}", state, {"step": step, **facts})
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getvalue()
+        if best:
+            self.afterwards(partial(self._write, "best", content, {"step": step, **facts}))
+        if newest:
+            name = f"step_{step:08d}"
+            self.afterwards(partial(self._write, name, content, {"step": step, **facts}))
 
-    def save_best(self, state: dict[str, Any], step: int, facts: Mapping[str, Any]) -> None:
-        """Begin to write `best.pt` and its sidecar in place of the ones before; as `save`."""
-        self._submit("best", state, {"step": step, **facts})
+    def afterwards(self, action: Callable[[], None]) -> None:
+        """Let the writer call `action`, which may raise OSError, after what it has to write now.
+
+        Raises:
+            OSError: an earlier action or write failed.
+        """
+        self._pending.append(self._writer.submit(action))
+        if len(self._pending) > 6:  # a disk slower than training must not pile up states
+            wait(self._pending[:1])
+        ended = [written for written in self._pending if written.done()]
+        self._pending = [written for written in self._pending if written not in ended]
+        for written in ended:
+            written.result()
 
     def flush(self) -> None:
-        """Return when everything that was saved is on disk.
+        """Return when everything that was saved is on disk, or could not be.
 
         Raises:
             OSError: something could not be written.
         """
         pending, self._pending = self._pending, []
+        wait(pending)
         for written in pending:
             written.result()
 
@@ -125,18 +153,6 @@ class CheckpointStore:
             return []
         found = {p: _STEP_FILE.fullmatch(p.name) for p in self.directory.iterdir()}
         return sorted((p for p, m in found.items() if m), key=lambda p: p.name, reverse=True)
-
-    def _submit(self, name: str, state: dict[str, Any], facts: Mapping[str, Any]) -> None:
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        content = buffer.getvalue()
-        self._pending.append(self._writer.submit(self._write, name, content, facts))
-        if len(self._pending) > 4:  # a disk slower than training must not pile up states
-            wait(self._pending[:1])
-        ended = [written for written in self._pending if written.done()]
-        self._pending = [written for written in self._pending if written not in ended]
-        for written in ended:
-            written.result()
 
     def _write(self, name: str, content: bytes, facts: Mapping[str, Any]) -> None:
         digest = hashlib.sha256(content).hexdigest()

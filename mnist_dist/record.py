@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Record:
         environment = environment_facts() | dict(world)
         with self._reported():
             # First the status: it marks the directory as a run's, whenever this process dies.
-            self._write_status("running", state, "training")
+            self._write_status("running", state.epoch, state.step, "training")
             self.directory.write_json("config.json", config)
             self.directory.write_json("environment.json", environment)
             self._begun = True
@@ -85,11 +86,10 @@ class Record:
     ) -> None:
         """Begin to write the checkpoints asked for. Failing is a warning: `flush` insists."""
         with self._warned("a checkpoint"):
-            if best:
-                self.store.save_best(saved, state.step, figures)
+            self.store.save(saved, state.step, figures, best, newest)
             if newest:
-                self.store.save(saved, state.step, figures)
-                self._write_status("running", state, "training")
+                status = partial(self._write_status, "running", state.epoch, state.step, "training")
+                self.store.afterwards(status)
 
     def flush(self) -> None:
         """Wait until every checkpoint is on disk. Raises JobError if one cannot be."""
@@ -100,7 +100,7 @@ class Record:
         """Close the record of a run that has done all its epochs; `results` are for a person."""
         with self._reported():
             self._tracker.close(state.step, {"results": results})
-            self._write_status("completed", state, "all epochs done", resumable=False)
+            self._write_status("completed", state.epoch, state.step, "all epochs done", False)
 
     def end(self, state: TrainState, error: BaseException) -> None:
         """Write down why the run ended early, as far as there still is a disk to write to."""
@@ -113,13 +113,13 @@ class Record:
             with contextlib.suppress(OSError):
                 self.store.flush()
             resumable = status == "preempted" or isinstance(error, LostContactError)
-            self._write_status(status, state, reason, resumable)
+            self._write_status(status, state.epoch, state.step, reason, resumable)
 
     def _write_status(
-        self, status: Status, state: TrainState, reason: str, resumable: bool = True
+        self, status: Status, epoch: int, step: int, reason: str, resumable: bool = True
     ) -> None:
         saved = self.store.newest_step
-        self.directory.write_status(status, state.epoch, state.step, saved, resumable, reason)
+        self.directory.write_status(status, epoch, step, saved, resumable, reason)
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:

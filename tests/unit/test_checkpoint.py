@@ -56,9 +56,7 @@ def test_the_newest_comes_back_as_it_was_saved(tmp_path: Path) -> None:
 def test_the_last_k_and_the_best_are_kept(tmp_path: Path) -> None:
     store = opened(tmp_path, keep=2)
     for step in range(1, 6):
-        store.save(state(step), step, {})
-        if step == 2:
-            store.save_best(state(step), step, {})
+        store.save(state(step), step, {}, best=step == 2)
     store.flush()
     assert {p.name for p in store.directory.iterdir()} == {
         *("step_00000004.pt", "step_00000004.json", "step_00000005.pt", "step_00000005.json"),
