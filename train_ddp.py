@@ -28,9 +28,9 @@ from mnist_dist.job import (
     look_at,
     opened,
     report,
-    require_same_weights,
     resume,
     save,
+    sum_up_epoch,
 )
 from mnist_dist.model import build_model
 from mnist_dist.optimizer import FlatSGD
@@ -107,8 +107,7 @@ def fit(job: Job) -> None:
                 progress.step(state.step, loss_sum)
                 meetings.after_step()
             meetings.meet()
-            train_loss = sum(note[0] for note in world.gather_numbers([state.loss_sum]))
-            trained = {"train/loss": train_loss / sharding.samples, **clock.figures()}
+            trained = {"train/loss": sum_up_epoch(job), **clock.figures()}
             finish_epoch(job, trained, progress)
 
 
@@ -119,7 +118,6 @@ def finish_epoch(job: Job, trained: dict[str, float], progress: Progress) -> Non
     validation = evaluate(
         state.model, job.dataset.validation, job.world, _DRAWN_MISTAKES if drawn else 0
     )
-    require_same_weights(job)
     improved = state.finish_epoch(validation.loss)
     figures = {
         **trained,

@@ -42,7 +42,7 @@ def epoch_seconds(
             agreement.compare(state.settle())
     if checked:
         agreement.compare(state.settle())
-        state.ranks_apart(world)
+        state.sum_up_epoch(world)
     else:
         state.settle()
     world.barrier()

@@ -206,19 +206,20 @@ class Meetings:
             )
 
 
-def require_same_weights(job: Job) -> None:
-    """Compare all ranks' weights, bit by bit.
+def sum_up_epoch(job: Job) -> float:
+    """The mean loss over the samples of the epoch whose steps are done.
 
     Raises:
         JobError: a rank's weights went their own way, by a fault of its memory or of the code.
     """
-    apart = job.state.ranks_apart(job.world)
+    loss_sum, apart = job.state.sum_up_epoch(job.world)
     if apart:
         raise JobError(
             f"the weights of rank(s) {', '.join(map(str, apart))} differ from those of the others "
             f"after step {job.state.step}; suspect that host's memory, and start again from "
             f"{job.record}"
         )
+    return loss_sum / job.sharding.samples
 
 
 def save(job: Job, figures: dict[str, float], best: bool, newest: bool) -> None:

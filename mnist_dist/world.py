@@ -169,11 +169,17 @@ class World:
         """Each rank's `numbers` (as many on each), in rank order: quicker than `gather`."""
         if self.world_size == 1:
             return [numbers]
-        mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        gathered = self.gather_tensors(torch.tensor(numbers, dtype=torch.float64))
+        return [tensor.tolist() for tensor in gathered]
+
+    def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
+        """Each rank's `tensor`, of the same shape and dtype on each, in rank order, on the CPU."""
+        if self.world_size == 1:
+            return [tensor]
+        mine = tensor.to(self.device)
         everybodys = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(everybodys, mine)
-        gathered: list[list[float]] = torch.stack(everybodys).tolist()
-        return gathered
+        return list(torch.stack(everybodys).cpu())
 
     def begin_steps(self, timeout: float) -> None:
         """From now on a collective may take `timeout` seconds only.
