@@ -1,10 +1,12 @@
 """A frozen dataclass as a command line, whose mistakes are one line each."""
 
 import contextlib
+import dataclasses
+import difflib
 import io
 import re
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -32,7 +34,7 @@ def parse_flags(kind: type[T], argv: Sequence[str], program: str) -> T:
     except SystemExit as end:
         if end.code == 0:
             raise
-        raise UserError(_one_line(said.getvalue())) from None
+        raise UserError(_one_line(said.getvalue(), kind)) from None
 
 
 _PLAINER = (
@@ -43,14 +45,21 @@ _PLAINER = (
 )
 
 
-def _one_line(box: str) -> str:
-    """Tyro's framed error as one line: its message, the flag it suggests, where the help is."""
+def _one_line(box: str, kind: type[Any]) -> str:
+    """Tyro's framed error as one line: its message, the flag that is most alike, where help is."""
     rows = [line.strip("│╭╮╰╯ ").strip() for line in box.splitlines()[1:-1]]
-    sections = " ".join(rows).split("─")
-    parts = [part.strip() for part in sections if part.strip()]
-    message = parts[0] if parts else "the command line could not be read"
+    message = " ".join(rows).partition("─")[0].strip() or "the command line could not be read"
     for pattern, plain in _PLAINER:
         message = re.sub(pattern, plain, message)
-    hints = [re.search(r"Perhaps you meant:\s+(--[\w-]+)", part) for part in parts]
-    suggestion = "".join(f"; perhaps you meant {hint[1]}" for hint in hints if hint)
-    return f"{message}{suggestion}; --help lists every flag"
+    before, unknown, words = message.partition("Unrecognized options: ")
+    if unknown:
+        message = f"{before}unknown: {words.replace(', ', ' ')}{_most_alike(words, kind)}"
+    return f"{message}; --help lists every flag"
+
+
+def _most_alike(words: str, kind: type[Any]) -> str:
+    """The flags of `kind` that were probably meant."""
+    known = [field.name.replace("_", "-") for field in dataclasses.fields(kind)]
+    given = re.findall(r"--([\w-]+)", words.replace("_", "-"))
+    meant = [f"--{name}" for flag in given for name in difflib.get_close_matches(flag, known, 1)]
+    return f"; perhaps you meant {', '.join(meant)}" if meant else ""

@@ -158,7 +158,8 @@ def begin(job: Job) -> None:
     fact("watch", summary.view(str(job.record)))
     fact("run", str(job.record))
     if state.step:
-        job.console.say(f"resume at step {state.step}, {state.epoch} epochs done")
+        epochs = "1 epoch" if state.epoch == 1 else f"{state.epoch} epochs"
+        job.console.say(f"resume at step {state.step}, {epochs} done")
     world.begin_steps(config.step_timeout)
 
 

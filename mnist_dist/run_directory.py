@@ -55,8 +55,10 @@ class RunDirectory:
                 )
             self._lock = _lock(self.path)
         except OSError as error:
+            file = self.path.exists() and not self.path.is_dir()
+            why = "is a file" if file else error.strerror
             raise UserError(
-                f"--run-dir {self.path}: {error.strerror}; name a directory that can be written"
+                f"--run-dir {self.path}: {why}; name a directory that can be written"
             ) from error
 
     @property

@@ -58,7 +58,7 @@ def test_a_run_begun_by_autograd_goes_on_by_hand_to_the_same_bits(tmp_path: Path
     whole = completed_run(tmp_path / "whole", 2, *flags)
     run = completed_run(tmp_path / "parts", 2, *flags, "--epochs=1", "--backward=autograd")
     ended = run_job(tmp_path, 2, f"--run-dir={run}", *flags)
-    assert "resume at step 10, 1 epochs done" in ended[0].out, ended
+    assert "resume at step 10, 1 epoch done" in ended[0].out, ended
     assert losses(run)[-2:] == pytest.approx(losses(whole)[-2:], rel=1e-6)
 
 

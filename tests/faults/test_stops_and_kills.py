@@ -112,7 +112,7 @@ def test_a_stop_saves_mid_epoch_and_the_same_command_continues_to_the_same_bits(
         assert job.alive() == {}
     with slow_job(tmp_path, processes) as job:
         assert job.wait() == 0, job.output
-        assert f"resume at step {step}, 1 epochs done" in job.output
+        assert f"resume at step {step}, 1 epoch done" in job.output
         assert job.status["status"] == "completed"
         assert_same_end(job.run, whole[processes])
 

@@ -147,7 +147,7 @@ def test_the_commands_that_it_ends_with_can_be_typed(tmp_path: Path) -> None:
     assert says["check"].endswith(" evaluate 'a run/first'")
     again = command(tmp_path, *shlex.split(says["extend"]))
     assert again.code == 0, again.err
-    assert "resume at step 1000, 1 epochs done" in again.out
+    assert "resume at step 1000, 1 epoch done" in again.out
     assert [r["epoch"] for r in metrics(tmp_path / "a run" / "first")] == [1, 1, 2, 2]
 
 

@@ -78,3 +78,13 @@ def test_a_cache_whose_bytes_changed_is_made_anew(tmp_path: Path) -> None:
     content.tofile(first.cache_file)
     again = load(locate(str(source), tmp_path / "cache"))
     assert torch.equal(again.train.images, images)
+
+
+def test_a_file_in_the_run_directorys_place_is_named_and_kept(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    (ended,) = run_job(tmp_path, 1, f"--run-dir={file}", *SMALL)
+    assert ended.code == 2
+    (line,) = ended.err.splitlines()
+    assert f"--run-dir {file}: is a file; name a directory" in line
+    assert file.read_text() == "mine"
