@@ -23,8 +23,8 @@ from mnist_dist.trained_model import load_trained
 
 Format = Literal["torch", "onnx"]
 
-# How far a logit of the exported model may be from the original's, where logits are of the order
-# of 1; larger ones are rounded in proportion.
+# How far a logit of the exported model may be from the original's, as a share of the largest: the
+# order of a sum's additions rounds large logits in proportion.
 _TOLERANCE = 1e-5
 
 _SUFFIX: dict[Format, str] = {"torch": ".pt2", "onnx": ".onnx"}
@@ -61,7 +61,8 @@ class Exported:
 
     file: Path
     difference: float
-    """The largest difference of a logit from the model's, over the bundled test digits."""
+    """The largest difference of a logit from the model's, as a share of the largest logit (or of
+    1, if none is that large), over the bundled test digits."""
 
 
 def export(model: str | Path, format: Format, output: str | Path | None = None) -> Exported:
@@ -85,7 +86,7 @@ def export(model: str | Path, format: Format, output: str | Path | None = None) 
         if importlib.util.find_spec(package) is None:
             raise UserError(
                 f"--format {format}: the package {package} is missing; "
-                f"pip install 'mnist-dist[{format}]'"
+                f"pip install {' '.join(_PACKAGES[format])}"
             )
     trained = load_trained(model)
     file = _output(output, trained.checkpoint, format)
@@ -114,8 +115,8 @@ def run(flags: Sequence[str]) -> int:
     exported = export(config.model, config.format, config.output)
     print(f"wrote  {exported.file} ({exported.file.stat().st_size:,} bytes)")
     print(
-        f"check  largest difference from the model {exported.difference:.1e}, over the bundled "
-        "test digits"
+        f"check  largest difference from the model {exported.difference:.1e} of its largest logit, "
+        "over the bundled test digits"
     )
     print("input  images: (N, 784) float32, bytes / 256; output logits: (N, 10) float32")
     return 0
@@ -194,7 +195,7 @@ def _onnx_reader(file: Path) -> Callable[[Tensor], Tensor]:
 
 @torch.inference_mode()
 def _compare(exported: Callable[[Tensor], Tensor], model: nn.Module, file: Path) -> float:
-    """The largest difference of a logit. Raises JobError if it is too large."""
+    """`Exported.difference`. Raises JobError if it is too large."""
     images = pixels(load(locate("bundled", None)).test.images)
     largest, scale = 0.0, 1.0
     for size in _BATCHES:
@@ -208,4 +209,4 @@ def _compare(exported: Callable[[Tensor], Tensor], model: nn.Module, file: Path)
             f"{file}: not written: the exported model's logits differ by {largest:.1e} from the "
             "original's; this is a bug, or another version of torch is needed"
         )
-    return largest
+    return largest / scale
