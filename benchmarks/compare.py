@@ -4,7 +4,8 @@ python -m benchmarks.compare --data ../shared/data/mnist.pkl.gz --world-sizes 1 
 
 An epoch is training and validation; ours is the whole job, with its records and checkpoints. Every
 contender runs as a job of its own, one after another, as often as there are rounds; the first epoch
-of each job warms up and does not count. Then follow the tables of `benchmarks.parts` and
+of each job warms up and does not count. What of ours is not training is of jobs of 25 epochs, the
+default: shorter ones draw for TensorBoard in each. Then follow the tables of `benchmarks.parts` and
 `benchmarks.start`. `pip install -e '.[compare]'` installs the peers.
 """
 
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +34,21 @@ def epochs_of_ours(work: Work, processes: int) -> tuple[list[float], list[float]
     """Each epoch of the real job but the first, from its own record.
 
     Returns:
-        Its seconds, and the share of them that validation, records and checkpoints took.
+        Its seconds, and what its training alone took of them.
     """
     with tempfile.TemporaryDirectory() as directory:
         flags = [f"--epochs={work.epochs}", f"--global-batch-size={work.global_batch_size}"]
         records = train(Path(directory) / "run", processes, f"--data={work.data}", *flags)
     epochs = epochs_after_the_first(records)
     steps = records[0]["step"]
-    beside = [1 - steps * record["perf/step_ms"] / 1e3 / seconds for seconds, record in epochs]
-    return [seconds for seconds, _ in epochs], beside
+    training = [steps * record["perf/step_ms"] / 1e3 for _, record in epochs]
+    return [seconds for seconds, _ in epochs], training
+
+
+def share_beside_training(work: Work, processes: int) -> float:
+    """Validation, records and checkpoints, of all epochs but the first of a job of 25 together."""
+    seconds, training = epochs_of_ours(replace(work, epochs=25), processes)
+    return 1 - sum(training) / sum(seconds)
 
 
 def epochs_of_peer(name: str, work: Work, processes: int) -> list[float]:
@@ -71,9 +79,8 @@ def measure(work: Work, processes: int, rounds: int, names: list[str]) -> dict[s
     """Seconds of all epochs of each contender; the contenders take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in (OURS, *names, BESIDE)}
     for _ in range(rounds):
-        own, beside = epochs_of_ours(work, processes)
-        seconds[OURS] += own
-        seconds[BESIDE] += beside
+        seconds[OURS] += epochs_of_ours(work, processes)[0]
+        seconds[BESIDE].append(share_beside_training(work, processes))
         for name in names:
             seconds[name] += epochs_of_peer(name, work, processes)
     return seconds

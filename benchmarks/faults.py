@@ -25,9 +25,9 @@ from benchmarks.live_job import ROOT, LiveJob
 from mnist_dist.checkpoint import CheckpointStore
 from mnist_dist.errors import UserError
 
-FLAGS = ["--data=bundled", "--train-samples=4000", "--epochs=2", "--global-batch-size=4"]
+FLAGS = ["--data=bundled", "--train-samples=4000", "--epochs=6", "--global-batch-size=4"]
 FLAGS += ["--lr=0.01", "--checkpoint-every-steps=250"]
-STEPS = 2000
+STEPS = 6000
 IN_A_SUM = ROOT / "benchmarks" / "killed_in_sum.py"
 # Seconds after which a job counts as hung; it takes a tenth of that where nothing else runs.
 PATIENCE = 300.0
