@@ -21,6 +21,8 @@ def random_shifts(largest: int, seed: int, epoch: int, batches: int) -> list[tup
         epoch: 0-based.
         batches: global batches in the epoch.
     """
+    if largest == 0:
+        return [(0, 0)] * batches
     generator = random.Random(f"shifts of epoch {epoch}, seed {seed}")
 
     def pixels() -> int:

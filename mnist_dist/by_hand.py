@@ -18,9 +18,9 @@ class Perceptron:
 
     def __init__(self, layers: list[nn.Linear]) -> None:
         """Use the weights and biases of `layers`, as they are at each call."""
-        self._layers = [(layer.weight.detach(), layer.bias.detach()) for layer in layers]
+        # Detached, so that no operation on them is recorded, whether autograd is on or off.
+        self._layers = [(layer.weight.detach().t(), layer.bias.detach()) for layer in layers]
 
-    @torch.no_grad()
     def gradients(self, pixels: Tensor, labels: Tensor, scale: Tensor, out: list[Tensor]) -> Tensor:
         """Backpropagate `scale` times the sum of cross entropies.
 
@@ -34,11 +34,11 @@ class Perceptron:
             The sum of cross entropies, not scaled: () float32.
         """
         inputs = [pixels]
-        for weight, bias in self._layers[:-1]:
-            inputs.append(torch.addmm(bias, inputs[-1], weight.t()).relu_())
-        weight, bias = self._layers[-1]
-        logits = torch.addmm(bias, inputs[-1], weight.t())
-        log_shares = _aten._log_softmax.default(logits, 1, False)
+        for transposed, bias in self._layers[:-1]:
+            inputs.append(torch.addmm(bias, inputs[-1], transposed).relu_())
+        transposed, bias = self._layers[-1]
+        logits = torch.addmm(bias, inputs[-1], transposed)
+        log_shares = torch._log_softmax(logits, 1, False)
         loss_sum: Tensor
         loss_sum, weights = _aten.nll_loss_forward.default(
             log_shares, labels, None, _SUM, _NO_LABEL
@@ -46,11 +46,11 @@ class Perceptron:
         gradient = _aten.nll_loss_backward.default(
             scale, log_shares, labels, None, _SUM, _NO_LABEL, weights
         )
-        gradient = _aten._log_softmax_backward_data.default(gradient, log_shares, 1, torch.float32)
+        gradient = torch._log_softmax_backward_data(gradient, log_shares, 1, torch.float32)
         for number in reversed(range(len(self._layers))):
             torch.mm(gradient.t(), inputs[number], out=out[2 * number])
             torch.sum(gradient, 0, out=out[2 * number + 1])
             if number > 0:
-                gradient = gradient.mm(self._layers[number][0])
+                gradient = gradient.mm(self._layers[number][0].t())
                 gradient = _aten.threshold_backward.default(gradient, inputs[number], 0)
         return loss_sum

@@ -22,7 +22,7 @@ _CLASSES = 10
 
 def pixels(images: Tensor) -> Tensor:
     """(N, 784) uint8 to float32 byte/256: bitwise the values of the original mnist.pkl.gz."""
-    return images.to(torch.float32).div_(256)
+    return images.to(torch.float32).mul_(1 / 256)
 
 
 def train_epoch(

@@ -41,7 +41,6 @@ class FlatSGD(torch.optim.SGD):
         parts = flat.split([parameter.numel() for parameter in parameters])
         return [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
 
-    @torch.no_grad()
     def apply(self, gradients: Tensor) -> None:
         """Step along `gradients`, a vector like `flat`, which stays as it is."""
         self._opt_called = True  # a scheduler asks whether there was a step before its own

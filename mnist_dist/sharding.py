@@ -6,6 +6,7 @@ processes only decides who computes which part of a batch, never what is in it.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
@@ -44,8 +45,8 @@ class Sharding:
             seed=self.seed,
         )
         sampler.set_epoch(epoch)
-        own = list(sampler)[: self._entries_before(self.samples)]
-        return torch.tensor(own, dtype=torch.int64)
+        own = np.fromiter(sampler, np.int64, self._entries_before(self.samples))
+        return torch.from_numpy(own)
 
     def local_slice(self, batch: int) -> slice:
         """Where in `epoch_indices` this rank's part of global batch `batch` lies; may be empty."""
