@@ -160,7 +160,12 @@ class CheckpointStore:
         sidecar = {**facts, "bytes": len(content), "sha256": digest, "replaces": _digest_of(path)}
         self.directory.mkdir(parents=True, exist_ok=True)  # somebody may have deleted the run
         write_atomically(path.with_suffix(".json"), json.dumps(sidecar, indent=2).encode())
-        write_atomically(path, content)
+        try:
+            write_atomically(path, content)
+        except OSError:
+            if not path.exists():  # the sidecar of nothing
+                path.with_suffix(".json").unlink(missing_ok=True)
+            raise
         for old in self._steps()[self.keep :]:
             old.unlink(missing_ok=True)
             old.with_suffix(".json").unlink(missing_ok=True)

@@ -241,6 +241,7 @@ def _flags_of_file(path: Path) -> list[str]:
 def _validate(config: TrainConfig) -> None:
     for name in ("epochs", "global_batch_size", "keep_checkpoints", "checkpoint_every_epochs"):
         _require(config, name, getattr(config, name) >= 1, "give 1 or more")
+    _require(config, "epochs", config.epochs <= 10**6, "give 1000000 or fewer")
     _require(config, "lr", 0 < config.lr < math.inf, "give a number above 0, such as 0.001")
     _require(config, "momentum", 0 <= config.momentum < 1, "give a number from 0 up to below 1")
     _require(config, "weight_decay", 0 <= config.weight_decay < math.inf, "give 0 or more")

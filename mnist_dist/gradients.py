@@ -77,7 +77,7 @@ def average_over_ranks(
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if compression != "none":
         _compress(parallel, compression)
-        return parallel, f"{world.backend}, {compression}"
+        return parallel, f"gradients over {world.backend}, {compression}"
     parameters = list(model.parameters())
     share_memory = share_memory and all(p.dtype == torch.float32 for p in parameters)
     size = sum(parameter.numel() for parameter in parameters)
@@ -113,15 +113,18 @@ def _share_memory(
     if world.world_size == 1:
         return None, "alone"
     if not wanted or world.device.type != "cpu":
-        return None, world.backend
+        return None, f"gradients over {world.backend}"
     if min(world.gather(world.launch.local_world_size)) == 1:
-        return None, f"{world.backend}: a host has one process only"
+        return None, f"gradients over {world.backend}: a host has one process only"
     try:
         host_sum = HostSum(world, size, timeout)
     except OSError as error:
-        return None, f"{world.backend}: processes of a host share no memory ({error})"
+        return None, (
+            f"gradients over {world.backend}: processes of a host share no memory ({error})"
+        )
     one_host = world.launch.local_world_size == world.world_size
-    return host_sum, "shared memory" if one_host else f"shared memory, {world.backend} beyond"
+    beyond = "" if one_host else f", {world.backend} beyond"
+    return host_sum, f"gradients over shared memory{beyond}"
 
 
 def _average(state: tuple[HostSum, int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -150,7 +150,7 @@ def begin(job: Job) -> None:
     fact("model", describe(state.model))
     fact(
         "train",
-        f"{config.epochs} epochs of {job.sharding.steps_per_epoch} steps, global batch "
+        f"{_epochs(config.epochs)} of {job.sharding.steps_per_epoch} steps, global batch "
         f"{config.global_batch_size}, SGD lr {config.lr:g} {config.schedule}, "
         f"momentum {config.momentum:g}, weight decay {config.weight_decay:g}"
         f"{f', shifts up to {config.random_shift} px' if config.random_shift else ''}",
@@ -158,9 +158,12 @@ def begin(job: Job) -> None:
     fact("watch", summary.view(str(job.record)))
     fact("run", str(job.record))
     if state.step:
-        epochs = "1 epoch" if state.epoch == 1 else f"{state.epoch} epochs"
-        job.console.say(f"resume at step {state.step}, {epochs} done")
+        job.console.say(f"resume at step {state.step}, {_epochs(state.epoch)} done")
     world.begin_steps(config.step_timeout)
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'s' if count != 1 else ''}"
 
 
 class Meetings:

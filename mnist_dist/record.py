@@ -126,9 +126,11 @@ class Record:
         try:
             yield
         except OSError as error:
+            intact = self.store.newest_step is not None
+            kept = "; the checkpoints in it are intact" if intact else ""
             raise JobError(
-                f"{self} cannot be written ({_why(error)}); the checkpoints in it are intact: mend "
-                "that and run the same command again"
+                f"{self} cannot be written ({_why(error)}){kept}: mend that and run the same "
+                "command again"
             ) from error
 
     @contextlib.contextmanager

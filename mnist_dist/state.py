@@ -164,5 +164,6 @@ class TrainState:
             why = ", on which its schedule depends" if name == "epochs" else ""
             raise UserError(
                 f"--{name.replace('_', '-')} {now}: the run in --run-dir was started with "
-                f"{before}{why}; give that value again, or another --run-dir"
+                f"{before}{why}; give that value again (all of that run's: --config with its "
+                "config.json), or another --run-dir"
             )

@@ -181,12 +181,11 @@ def build_step(
         perceptron, how = _by_hand(model, world, choice.cuda_graphs)
         if perceptron is not None:
             gradients, way = sum_over_ranks(world, len(optimizer.flat), share, timeout)
-            way = f"{how}{exactly}, gradients over {way}"
-            return StepByHand(perceptron, optimizer, gradients, way)
+            return StepByHand(perceptron, optimizer, gradients, f"{how}{exactly}, {way}")
     if choice.compile:
         model, how = _compiled(model, world)
     parallel, way = average_over_ranks(model, world, share, timeout, choice.compression)
-    way = f"{how}{exactly}, gradients over {way}"
+    way = f"{how}{exactly}, {way}"
     return AutogradStep(parallel, optimizer, world.world_size, way, choice.precision == "bf16")
 
 

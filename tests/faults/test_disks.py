@@ -57,7 +57,9 @@ def test_a_full_disk_is_a_warning_then_a_clear_end_and_older_checkpoints_are_int
     assert set(before) <= set(checkpoints(run))
     for path in before:
         torch.load(path, weights_only=True)
-    assert [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")] == []
+    files = list((run / "checkpoints").iterdir())
+    assert [p.name for p in files if p.name.startswith(".")] == []
+    assert {p.stem for p in files if p.suffix == ".json"} == {p.stem for p in files} - {""}
     filler.unlink()
     (again,) = run_job(tmp_path, 1, *flags)
     assert again.code == 0, again.err

@@ -51,6 +51,7 @@ def test_a_saved_config_can_be_given_back_and_flags_win_over_it(tmp_path: Path) 
         (["--epochs", "x"], ["--epochs", "'x'", "whole number"]),
         (["--epochs"], ["--epochs"]),
         (["--epochs=0"], ["--epochs", "0"]),
+        (["--epochs=1000001"], ["--epochs", "1000001", "1000000 or fewer"]),
         (["--momentum=1"], ["--momentum", "1"]),
         (["--weight-decay=-0.1"], ["--weight-decay", "-0.1"]),
         (["--seed=-1"], ["--seed", "-1"]),
