@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from benchmarks import parts, start
 from benchmarks.jobs import epochs_after_the_first, train
@@ -68,11 +68,12 @@ def epochs_of_peer(name: str, work: Work, processes: int) -> list[float]:
     return seconds[1:]
 
 
-def run_inside(name: str, work: Work) -> None:
+def run_inside(name: str, work: Work) -> NoReturn:
     """Be one process of a peer's job."""
     seconds = list(PEERS[name](work))
     if os.environ.get("RANK", "0") == "0":
         Path(os.environ["BENCHMARK_RESULT"]).write_text(json.dumps(seconds))
+    os._exit(0)  # left to the interpreter's end, gloo's threads abort the process now and then
 
 
 def measure(work: Work, processes: int, rounds: int, names: list[str]) -> dict[str, list[float]]:
@@ -117,12 +118,12 @@ def main() -> None:
     data = chosen.data if chosen.data in ("auto", "bundled") else str(Path(chosen.data).resolve())
     work = Work(data, chosen.epochs, chosen.batch)
     if chosen.inside:
-        return run_inside(chosen.inside, work)
+        run_inside(chosen.inside, work)
     if chosen.json:
         print(json.dumps(everything(chosen, work, lambda lines: None)))
     else:
         everything(chosen, work, lambda lines: print("\n".join(lines), flush=True))
-    return None
+    return
 
 
 def everything(
