@@ -2,7 +2,7 @@
 
 python -m benchmarks.parts --data ../shared/data/mnist.pkl.gz --world-sizes 1 2 4
 
-All kinds take turns within one run, on the same threads. All but the last are an epoch's training.
+All kinds take turns within one run, on the same threads. All but evaluations train an epoch.
 """
 
 import argparse
@@ -29,13 +29,14 @@ from mnist_dist.steps import Choice, StepByHand, build_step
 from mnist_dist.world import World, join
 
 _INSIDE = "--inside"
-BARE, ALONE, TOGETHER, BACKEND, DDP, EVALUATION = (
+BARE, ALONE, TOGETHER, BACKEND, DDP, EVALUATION, PLAIN_EVALUATION = (
     "bare matrix products",
     "step without communication",
     "step",
     "step, gradients over gloo",
     "autograd and DDP",
     "evaluation",
+    "evaluation by torch's own products",
 )
 
 
@@ -77,6 +78,9 @@ class Parts:
         kinds[DDP] = self._epoch(world, autograd=True, share=True)
         validation, model = load(locate(self.data, None)).validation, MLP()
         kinds[EVALUATION] = lambda _: evaluate(model, validation, world)
+        # Wrapped, it is any model.
+        plain = torch.nn.Sequential(model)
+        kinds[PLAIN_EVALUATION] = lambda _: evaluate(plain, validation, world)
         return kinds
 
     def _bare(self) -> Callable[[int], None]:
