@@ -23,7 +23,7 @@ import os, sys, time, train_ddp
 steps = train_ddp.train_epoch
 def first(*arguments):
     for loss_sum in steps(*arguments):
-        print(time.time(), flush=True)
+        os.write(1, f"{time.time()}\\n".encode())  # whole: other ranks say theirs, too
         os._exit(0)
 train_ddp.train_epoch = first
 train_ddp.run(sys.argv[1:])
