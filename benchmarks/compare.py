@@ -123,7 +123,6 @@ def main() -> None:
         print(json.dumps(everything(chosen, work, lambda lines: None)))
     else:
         everything(chosen, work, lambda lines: print("\n".join(lines), flush=True))
-    return
 
 
 def everything(

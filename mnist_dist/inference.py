@@ -12,8 +12,8 @@ from mnist_dist.model import MLP
 def quick_logits(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """A function from pixels to `model`'s logits, equal to its own to rounding.
 
-    On x86 CPUs torch multiplies matrices by MKL, which uses half the width of AMD's processors.
-    oneDNN, which is part of torch too, uses all of it, and adds bias and ReLU on the way.
+    On x86 CPUs torch multiplies matrices by MKL. oneDNN, which is part of torch too, took about
+    half the time on an AMD processor (docs/performance.md), and adds bias and ReLU on the way.
 
     Args:
         model: its weights are used as they are at each call. Any but the perceptron on such a CPU
