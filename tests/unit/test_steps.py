@@ -8,14 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from processes import command
+from torch import Tensor
 
+from mnist_dist import onednn
 from mnist_dist.by_hand import Perceptron
 from mnist_dist.captured import fault
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 21, 32, 63, 64, 65, 512])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 21, 32, 63, 64, 65, 128, 192, 193, 512])
 def test_gradients_by_hand_are_those_of_autograd_to_the_last_bit(count: int) -> None:
     torch.manual_seed(count)
     model = MLP()
@@ -32,6 +34,19 @@ def test_gradients_by_hand_are_those_of_autograd_to_the_last_bit(count: int) -> 
     for parameter, gradient in zip(model.parameters(), found, strict=True):
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, gradient)
+
+
+def test_a_quicker_product_with_other_bits_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this processor a change of the last bit stands for another processor's oneDNN."""
+    quick = onednn.linear
+
+    def off_by_one_bit(left: Tensor, right: Tensor) -> Tensor:
+        product = quick(left, right)
+        product[0, 0] = torch.nextafter(product[0, 0], torch.tensor(9.0))
+        return product
+
+    monkeypatch.setattr(onednn, "linear", off_by_one_bit)
+    test_gradients_by_hand_are_those_of_autograd_to_the_last_bit(64)
 
 
 @pytest.mark.parametrize(("momentum", "decay"), [(0, 0), (0, 0.01), (0.9, 0), (0.9, 0.01)])
