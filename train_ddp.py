@@ -21,17 +21,7 @@ from mnist_dist.config import TrainConfig, parse_config
 from mnist_dist.console import Course, Progress
 from mnist_dist.data import Dataset
 from mnist_dist.engine import evaluate, train_epoch
-from mnist_dist.job import (
-    Job,
-    Meetings,
-    begin,
-    look_at,
-    opened,
-    report,
-    resume,
-    save,
-    sum_up_epoch,
-)
+from mnist_dist.job import Job, Meetings, begin, look_at, opened, report, resume, save
 from mnist_dist.model import build_model
 from mnist_dist.optimizer import FlatSGD
 from mnist_dist.profiling import profiled
@@ -106,8 +96,7 @@ def fit(job: Job) -> None:
                 state.count_step(loss_sum)
                 progress.step(state.step, loss_sum)
                 meetings.after_step()
-            meetings.meet()
-            trained = {"train/loss": sum_up_epoch(job), **clock.figures()}
+            trained = {"train/loss": meetings.end_epoch(), **clock.figures()}
             finish_epoch(job, trained, progress)
 
 

@@ -41,8 +41,8 @@ def epoch_seconds(
         if checked and agreement.due():
             agreement.compare(state.settle())
     if checked:
-        agreement.compare(state.settle())
-        state.sum_up_epoch(world)
+        bad_step = state.settle()
+        agreement.compare(bad_step, state.epoch_notes(world))
     else:  # the loss is summed in any case
         state.settle()
         world.gather_numbers([state.loss_sum])

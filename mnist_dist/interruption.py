@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mnist_dist.world import World
@@ -88,30 +89,37 @@ class Agreement:
         self._steps += 1
         return self._steps >= self._steps_until_next
 
-    def compare(self, bad_step: int | None) -> Verdict:
+    def compare(
+        self, bad_step: int | None, beside: Sequence[float] = ()
+    ) -> tuple[Verdict, list[list[float]]]:
         """Exchange notes; every rank must call this after the same step, and gets the same verdict.
 
         Args:
             bad_step: the first step at which this rank's loss was not finite, or None.
+            beside: as many more numbers on every rank, which need no exchange of their own then.
+
+        Returns:
+            The verdict, and each rank's `beside`.
         """
         now = time.monotonic()
         clock = self._save_every_s is not None and now - self._saved >= self._save_every_s
         seconds = (now - self._compared) / max(1, self._steps)
         bad = float("inf") if bad_step is None else float(bad_step)
         mine = [float(self._stop.signal), seconds, float(clock), bad]
-        notes = self._world.gather_numbers(mine)
+        notes = self._world.gather_numbers([*mine, *beside])
         stop, slowest, save = (max(column) for column in list(zip(*notes, strict=True))[:3])
         bad_steps = [note[3] for note in notes]
         period = _PERIOD_S if self._world.world_size > 1 else _PERIOD_ALONE_S
         self._steps_until_next = max(1, min(round(period / max(slowest, 1e-6)), 100_000))
         self._steps, self._compared = 0, now
         first = min(bad_steps)
-        return Verdict(
+        verdict = Verdict(
             stop=signal.Signals(int(stop)).name if stop else None,
             save=bool(save),
             bad_rank=bad_steps.index(first) if first < float("inf") else None,
             bad_step=int(first) if first < float("inf") else 0,
         )
+        return verdict, [note[len(mine) :] for note in notes]
 
     def saved(self) -> None:
         """A checkpoint was made: its clock starts anew."""

@@ -20,13 +20,13 @@ from mnist_dist.engine import Evaluation
 from mnist_dist.errors import JobError, Preempted, UserError
 from mnist_dist.failures import LostContactError
 from mnist_dist.gradients import require_compression
-from mnist_dist.interruption import Agreement, StopRequest
+from mnist_dist.interruption import Agreement, StopRequest, Verdict
 from mnist_dist.launcher import Launch
 from mnist_dist.model import describe
 from mnist_dist.record import Record
 from mnist_dist.run_directory import code_digest, find_run_directory
 from mnist_dist.sharding import Sharding
-from mnist_dist.state import TrainState
+from mnist_dist.state import TrainState, sum_up
 from mnist_dist.steps import use_precision
 from mnist_dist.tracking import Look
 from mnist_dist.world import World, join
@@ -179,51 +179,59 @@ class Meetings:
         self._job = job
 
     def after_step(self) -> None:
-        """Meet if it is time to; raises as `meet`."""
-        save_now = self._job.state.step % self._save_every == 0
-        if self._agreement.due() or save_now:
-            self.meet(save_now)
-
-    def meet(self, save_now: bool = False) -> None:
-        """Stop, save or give up, all ranks after this same step.
+        """Meet if it is time to.
 
         Raises:
             JobError: a loss was not finite.
             Preempted: a rank was asked to stop; the state is on disk.
         """
+        save_now = self._job.state.step % self._save_every == 0
+        if self._agreement.due() or save_now:
+            verdict, _ = self._agreement.compare(self._job.state.settle())
+            self._require_finite(verdict)
+            self._save_or_stop(verdict, save_now)
+
+    def end_epoch(self) -> float:
+        """Meet when an epoch's steps are done; the mean loss over its samples.
+
+        Raises:
+            JobError: a loss was not finite, or a rank's weights went their own way, by a fault of
+                its memory or of the code.
+            Preempted: a rank was asked to stop; the state is on disk.
+        """
         job, state = self._job, self._job.state
-        verdict = self._agreement.compare(state.settle())
+        bad_step = state.settle()
+        verdict, notes = self._agreement.compare(bad_step, state.epoch_notes(job.world))
+        self._require_finite(verdict)
+        loss_sum, apart = sum_up(notes)
+        if apart:
+            raise JobError(
+                f"the weights of rank(s) {', '.join(map(str, apart))} differ from those of the "
+                f"others after step {state.step}; suspect that host's memory, and start again from "
+                f"{job.record}"
+            )
+        self._save_or_stop(verdict, save_now=False)
+        return loss_sum / job.sharding.samples
+
+    def _require_finite(self, verdict: Verdict) -> None:
         if verdict.bad_rank is not None:
             raise JobError(
-                f"the loss at step {verdict.bad_step} (epoch {state.epoch + 1}) on rank "
+                f"the loss at step {verdict.bad_step} (epoch {self._job.state.epoch + 1}) on rank "
                 f"{verdict.bad_rank} is not finite; nothing was saved after it: look at the data, "
                 "or lower --lr and begin in another --run-dir"
             )
+
+    def _save_or_stop(self, verdict: Verdict, save_now: bool) -> None:
+        job = self._job
         if verdict.save or save_now or verdict.stop:
             self._agreement.saved()
             save(job, {}, best=False, newest=True)
         if verdict.stop:
             job.world.on_main(job.record.flush)
             raise Preempted(
-                f"{verdict.stop} at step {state.step}, saved; the same command with "
+                f"{verdict.stop} at step {job.state.step}, saved; the same command with "
                 f"--run-dir {job.record} continues"
             )
-
-
-def sum_up_epoch(job: Job) -> float:
-    """The mean loss over the samples of the epoch whose steps are done.
-
-    Raises:
-        JobError: a rank's weights went their own way, by a fault of its memory or of the code.
-    """
-    loss_sum, apart = job.state.sum_up_epoch(job.world)
-    if apart:
-        raise JobError(
-            f"the weights of rank(s) {', '.join(map(str, apart))} differ from those of the others "
-            f"after step {job.state.step}; suspect that host's memory, and start again from "
-            f"{job.record}"
-        )
-    return loss_sum / job.sharding.samples
 
 
 def save(job: Job, figures: dict[str, float], best: bool, newest: bool) -> None:

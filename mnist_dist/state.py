@@ -79,20 +79,11 @@ class TrainState:
             digest.update(tensor.detach().cpu().contiguous().numpy().reshape(-1).data)
         return digest.hexdigest()
 
-    def sum_up_epoch(self, world: World) -> tuple[float, list[int]]:
-        """What all ranks say of the epoch whose steps are done, in one small collective.
-
-        Returns:
-            The sum of its cross entropies over all ranks; the ranks whose weights differ, in any
-            bit, from those that most ranks have.
-        """
+    def epoch_notes(self, world: World) -> list[float]:
+        """What the ranks compare when the steps of an epoch are done and settled, for `sum_up`."""
         digest = self.weights_digest() if world.world_size > 1 else 48 * "0"
         pieces = [float(int(digest[n : n + 12], 16)) for n in range(0, 48, 12)]  # 48 bits: exact
-        notes = world.gather_numbers([self.loss_sum, *pieces])
-        digests = [pieces for _, *pieces in notes]
-        usual = max(digests, key=digests.count)
-        apart = [rank for rank, pieces in enumerate(digests) if pieces != usual]
-        return sum(loss_sum for loss_sum, *_ in notes), apart
+        return [self.loss_sum, *pieces]
 
     def state_dict(self, world: World) -> dict[str, Any]:
         """The whole state as tensors and plain types; every rank must take part.
@@ -167,3 +158,16 @@ class TrainState:
                 f"{before}{why}; give that value again (all of that run's: --config with its "
                 "config.json), or another --run-dir"
             )
+
+
+def sum_up(notes: list[list[float]]) -> tuple[float, list[int]]:
+    """What the `epoch_notes` of all ranks say together.
+
+    Returns:
+        The sum of the epoch's cross entropies over all ranks; the ranks whose weights differ, in
+        any bit, from those that most ranks have.
+    """
+    digests = [pieces for _, *pieces in notes]
+    usual = max(digests, key=digests.count)
+    apart = [rank for rank, pieces in enumerate(digests) if pieces != usual]
+    return sum(loss_sum for loss_sum, *_ in notes), apart
