@@ -16,10 +16,7 @@ from mnist_dist.sharding import Sharding, evaluation_share
 from mnist_dist.steps import Step
 from mnist_dist.world import World
 
-# So few that what they become stays in a core's cache, and is no memory that malloc asks the system
-# for and gives back each time: batches of 1,000 took twice as long (docs/performance.md).
-_EVALUATION_BATCH = 250
-_EVALUATION_BATCH_GPU = 10_000
+_EVALUATION_BATCH = 1000
 _CLASSES = 10
 
 
@@ -140,8 +137,7 @@ def evaluate(model: nn.Module, split: Split, world: World, mistakes: int = 0) ->
     share = evaluation_share(world.rank, world.world_size)
     images, labels = split.images[share], split.labels[share]
     logits_of = quick_logits(model)
-    size = _EVALUATION_BATCH if images.device.type == "cpu" else _EVALUATION_BATCH_GPU
-    logits = torch.cat([logits_of(pixels(part)) for part in images.split(size)])
+    logits = torch.cat([logits_of(pixels(part)) for part in images.split(_EVALUATION_BATCH)])
     model.train(was_training)
     loss_sum = F.cross_entropy(logits, labels, reduction="none").double().sum()
     predicted = logits.argmax(1)

@@ -18,6 +18,7 @@ from torch.distributed import PrefixStore, Store
 from mnist_dist.errors import MeetingError, ReportedError, UserError
 from mnist_dist.failures import Board, LostContactError, brief, describe, lost_contact
 from mnist_dist.launcher import Launch
+from mnist_dist.memory import keep_freed_memory
 from mnist_dist.network import interface_towards
 from mnist_dist.rendezvous import meet
 from mnist_dist.threads import let_gloo_give_way, threads_for_one
@@ -212,6 +213,7 @@ def join(launch: Launch, device: str, backend: str, timeout: float = 600.0) -> I
     chosen = pick_device(launch, device)
     name = pick_backend(chosen, backend)
     choose_threads(launch)
+    keep_freed_memory()
     if launch.world_size == 1:
         yield World(launch, chosen, "none")
         return

@@ -8,7 +8,7 @@ from processes import ROOT
 
 # From the ground up: a module may import from lines above its own, and within `data` from `data`.
 LAYERS = [
-    {"errors", "atomic", "augmentation", "model", "threads", "onednn", "optimizer"}
+    {"errors", "atomic", "augmentation", "model", "threads", "memory", "onednn", "optimizer"}
     | {"console", "summary", "event_file", "pictures"},
     {"by_hand", "inference"},
     {"captured"},
