@@ -78,8 +78,9 @@ finish() { # CODE RUN_DIRECTORY: torchrun ends with 1 after a clean stop, so the
     say "job $SLURM_JOB_ID is ${state:-gone}: not requeued from here"
   elif [ "$restarts" -ge "$MAX_REQUEUES" ]; then
     say "requeued $restarts times already (MAX_REQUEUES=$MAX_REQUEUES); sbatch --export=ALL,MAX_REQUEUES=N allows more"
-  elif scontrol requeue "$SLURM_JOB_ID"; then
+  else # said first: Slurm ends this script while it requeues the job
     say "requeued: restart $((restarts + 1)) of at most $MAX_REQUEUES"
+    scontrol requeue "$SLURM_JOB_ID" || say "scontrol would not: the same sbatch command continues"
   fi
   exit $(($1 > 0 ? $1 : 1))
 }
