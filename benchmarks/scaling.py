@@ -64,8 +64,13 @@ def step_seconds(world: World, data: str, batch: int, rounds: int, alone: bool) 
 
 def sum_seconds(world: World, size: int, rounds: int) -> float:
     """The median of the seconds that one sum in shared memory takes."""
-    host_sum = HostSum(world, size, timeout=60)
-    seconds = _median(world, rounds, lambda: [host_sum.add_up() for _ in range(_STEPS)]) / _STEPS
+    host_sum, values = HostSum(world, size, timeout=60), torch.zeros(size)
+
+    def sums() -> None:
+        for _ in range(_STEPS):
+            host_sum.add_up(values)
+
+    seconds = _median(world, rounds, sums) / _STEPS
     host_sum.close()
     return seconds
 

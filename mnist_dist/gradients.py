@@ -17,27 +17,23 @@ Compression = Literal["none", "bf16", "powersgd"]
 class GradientSum(Protocol):
     """Adds up one vector of gradients over all ranks."""
 
-    slots: list[Tensor]
-    """One or two float32 vectors; a rank fills slots[turn] before each sum."""
-    turn: int
+    def add_up(self, values: Tensor) -> Tensor:
+        """The sum over all ranks of `values`: to be read only, and only until the next call.
 
-    def add_up(self) -> Tensor:
-        """The sum over all ranks of slots[turn]: to be read only, and only until the next call."""
+        It may be in the place of `values`.
+        """
 
 
 class BackendSum:
     """Sums by the process group's backend; of one process, nothing but its own vector."""
 
-    turn = 0
-
-    def __init__(self, world: World, size: int) -> None:
-        """Add up vectors of `size` elements over the ranks of `world`."""
+    def __init__(self, world: World) -> None:
+        """Add up over the ranks of `world`."""
         self._world = world
-        self.slots = [torch.empty(size, device=world.device)]
 
-    def add_up(self) -> Tensor:
+    def add_up(self, values: Tensor) -> Tensor:
         """See `GradientSum`."""
-        return self._world.sum(self.slots[0])
+        return self._world.sum(values)
 
 
 def sum_over_ranks(
@@ -52,7 +48,7 @@ def sum_over_ranks(
         timeout: seconds that a rank may make the others wait.
     """
     host_sum, way = _share_memory(world, size, share_memory, timeout)
-    return host_sum or BackendSum(world, size), way
+    return host_sum or BackendSum(world), way
 
 
 def average_over_ranks(
@@ -131,5 +127,7 @@ def _average(state: tuple[HostSum, int], bucket: dist.GradBucket) -> torch.futur
     """The mean over all ranks of one bucket of gradients, as a communication hook of DDP."""
     host_sum, world_size = state
     future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(host_sum.sum(bucket.buffer()).div_(world_size))
+    mean = bucket.buffer()
+    torch.div(host_sum.add_up(mean), world_size, out=mean)
+    future.set_result(mean)
     return future

@@ -24,9 +24,7 @@ from torch import Tensor
 from mnist_dist.world import World
 
 T = TypeVar("T")
-# Up to so many ranks each adds up everything by itself; more of them share the additions out and
-# wait for each other once more.
-_EACH_ALONE = 2
+_Views = tuple[list[Tensor], list[Tensor], Tensor, Tensor]
 # About 0.2 ms of asking, as long as ranks in step wait for each other.
 _POLLS = 100
 
@@ -36,7 +34,11 @@ class HostSum:
 
     Each rank has a slot in the shared memory for what it adds, and there is one for the sum. There
     are two of each, which take turns: what some still read of one sum, others do not overwrite with
-    the next.
+    the next. Two ranks each add the other's vector to their own; more of them share the additions
+    out, and wait for each other once more.
+
+    Vectors are made elsewhere and copied into the slots, in one go: memory that another core has
+    read is slow to write, above all piece by piece.
     """
 
     def __init__(self, world: World, size: int, timeout: float) -> None:
@@ -50,8 +52,7 @@ class HostSum:
         Raises:
             OSError: on every rank, if some could not share memory with the others of their host.
         """
-        self.turn = 0
-        """Which of `slots` the next sum reads."""
+        self._turn = 0
         self._rank = world.launch.local_rank
         self._ranks = world.launch.local_world_size
         self._peers: list[socket.socket] = []
@@ -78,9 +79,8 @@ class HostSum:
                     [r for r, first in enumerate(firsts) if first], timedelta(seconds=timeout)
                 )
             undo.pop_all()
-        self.slots = [half[self._rank] for half in self._halves]
-        """Two vectors of `size` float32; this rank fills slots[turn] before a sum."""
-        self._views: dict[tuple[int, int | None], tuple[list[Tensor], Tensor, Tensor]] = {}
+        self._are_two = world.world_size == 2
+        self._views: dict[tuple[int, int], _Views] = {}
 
     def _share_memory(self, length: int) -> mmap.mmap:
         """Local rank 0 makes the memory and hands it to the others."""
@@ -99,23 +99,25 @@ class HostSum:
         finally:
             os.close(file)
 
-    def add_up(self, count: int | None = None) -> Tensor:
-        """The sum of all ranks' slots[turn], or of their first `count` elements; turns them over.
+    def add_up(self, values: Tensor) -> Tensor:
+        """The sum over all ranks of `values`, a float32 vector of at most `size` elements.
 
         Returns:
-            A vector to be read only, and only until the next call.
+            A vector to be read only, and only until the next call; it may be `values`, summed.
 
         Raises:
             ConnectionError: a rank of this host is gone, or made the others wait for too long.
         """
-        if (self.turn, count) not in self._views:
-            self._views[self.turn, count] = self._view(self.turn, count)
-        parts, share, result = self._views[self.turn, count]
-        self.turn = 1 - self.turn
+        key = self._turn, len(values)
+        if key not in self._views:
+            self._views[key] = self._view(*key)
+        slots, parts, share, result = self._views[key]
+        self._turn = 1 - self._turn
+        slots[self._rank].copy_(values)
         self._wait_for_all()
+        if self._are_two:
+            return values.add_(slots[1 - self._rank])
         _add_up(parts, share)
-        if share is result:
-            return result
         self._wait_for_all()
         if self._leaders is not None:
             if self._rank == 0:
@@ -123,19 +125,11 @@ class HostSum:
             self._wait_for_all()
         return result
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum a float32 vector over all ranks, in place; returns it. Raises as `add_up`."""
-        self.slots[self.turn][: len(values)].copy_(values)
-        return values.copy_(self.add_up(len(values)))
-
-    def _view(self, turn: int, count: int | None) -> tuple[list[Tensor], Tensor, Tensor]:
-        """What this rank adds up, where it puts the sum, and where the whole sum will be."""
-        *parts, result = self._halves[turn, :, :count].unbind()
-        if self._leaders is None and self._ranks <= _EACH_ALONE:
-            private = torch.empty_like(result)
-            return parts, private, private
-        first, last = (len(result) * n // self._ranks for n in (self._rank, self._rank + 1))
-        return [part[first:last] for part in parts], result[first:last], result
+    def _view(self, turn: int, count: int) -> _Views:
+        """All ranks' slots; what this rank adds up of them, and where; where the sum will be."""
+        *slots, result = self._halves[turn, :, :count].unbind()
+        first, last = (count * n // self._ranks for n in (self._rank, self._rank + 1))
+        return slots, [slot[first:last] for slot in slots], result[first:last], result
 
     def _wait_for_all(self) -> None:
         try:

@@ -15,6 +15,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.gradients import Compression, GradientSum, average_over_ranks, sum_over_ranks
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
+from mnist_dist.threads import QuickestThreads
 from mnist_dist.world import World
 
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -121,18 +122,20 @@ class StepByHand:
         self._perceptron = perceptron
         self._optimizer = optimizer
         self._gradients = gradients
-        self._views = [optimizer.views(slot) for slot in gradients.slots]
+        self._own = torch.empty_like(optimizer.flat)
+        self._views = optimizer.views(self._own)
         self._scales: dict[int, Tensor] = {}
+        self._threads = QuickestThreads(torch.get_num_threads())
 
     def __call__(self, pixels: Tensor, labels: Tensor, samples: int) -> Tensor:
-        """See `Step`."""
+        """See `Step`; leaves torch with the number of threads that it has found the quickest."""
+        self._threads.begin_step()
         scale = self._scales.get(samples)
         if scale is None:
             scale = self._scales[samples] = torch.tensor(1 / samples, device=pixels.device)
-        views = self._views[self._gradients.turn]
-        loss_sum = self._perceptron.gradients(pixels, labels, scale, views)
+        loss_sum = self._perceptron.gradients(pixels, labels, scale, self._views)
         begun = time.perf_counter()
-        self._sum = self._gradients.add_up()
+        self._sum = self._gradients.add_up(self._own)
         if self.seconds_adding_up is not None:
             self.seconds_adding_up += time.perf_counter() - begun
         self._optimizer.apply(self._sum)

@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Generic, Literal, NoReturn, TypeVar
@@ -21,7 +21,7 @@ from mnist_dist.launcher import Launch
 from mnist_dist.memory import keep_freed_memory
 from mnist_dist.network import interface_towards
 from mnist_dist.rendezvous import meet
-from mnist_dist.threads import let_gloo_give_way, threads_for_one
+from mnist_dist.threads import let_gloo_give_way, threads_for_one, work_in_long_turns
 
 T = TypeVar("T")
 
@@ -170,8 +170,7 @@ class World:
         """Each rank's `numbers` (as many on each), in rank order: quicker than `gather`."""
         if self.world_size == 1:
             return [numbers]
-        gathered = self.gather_tensors(torch.tensor(numbers, dtype=torch.float64))
-        return [tensor.tolist() for tensor in gathered]
+        return [as_numbers(theirs) for theirs in self.gather_tensors(as_bytes(numbers))]
 
     def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
         """Each rank's `tensor`, of the same shape and dtype on each, in rank order, on the CPU."""
@@ -191,6 +190,17 @@ class World:
         if self.world_size > 1:
             dist.barrier()
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
+
+
+def as_bytes(numbers: Sequence[float]) -> Tensor:
+    """The float64 of n numbers: (8 n,) uint8, to travel beside bytes of other kinds."""
+    return torch.tensor(numbers, dtype=torch.float64).view(torch.uint8)
+
+
+def as_numbers(content: Tensor) -> list[float]:
+    """What `as_bytes` made bytes of."""
+    numbers: list[float] = content.clone().view(torch.float64).tolist()  # cloned: aligned
+    return numbers
 
 
 @contextlib.contextmanager
@@ -217,6 +227,7 @@ def join(launch: Launch, device: str, backend: str, timeout: float = 600.0) -> I
     if launch.world_size == 1:
         yield World(launch, chosen, "none")
         return
+    work_in_long_turns()
     store = meet(
         launch.rank,
         launch.world_size,

@@ -54,7 +54,7 @@ def by_shared_memory(world: World, seconds: float) -> dict[str, Any]:
             host_sum = HostSum(world, gradient_bytes() // 4, seconds)
         except OSError as error:
             return {"refused": str(error)}
-        return {"sums": [_measure(world, host_sum.sum, size) for size in sizes()[:2]]}
+        return {"sums": [_measure(world, host_sum.add_up, size) for size in sizes()[:2]]}
     except (OSError, RuntimeError) as error:
         return {"error": brief(error)}
 

@@ -28,7 +28,7 @@ def sums(calls: int) -> list[bytes]:
         host_sum = HostSum(world, max(SIZES), timeout=60)
 
         def add_up(mine: torch.Tensor) -> bytes:
-            return host_sum.sum(mine).numpy().tobytes()
+            return host_sum.add_up(mine).numpy().tobytes()
 
         return [add_up(values(world.rank, size, call)) for call in range(calls) for size in SIZES]
 
@@ -93,6 +93,7 @@ def one_rank_stops(how: str) -> str:
     """Sum until rank 1 leaves, or comes no more; what this rank is told."""
     with join(read_launch(), "cpu", "auto") as world:
         host_sum = HostSum(world, 1000, timeout=2 if how == "hangs" else 60)
+        values = torch.zeros(1000)
         try:
             for call in range(1000):
                 if world.rank == 1 and call == 500:
@@ -100,7 +101,7 @@ def one_rank_stops(how: str) -> str:
                         host_sum.close()
                     time.sleep(4)
                     return ""
-                host_sum.add_up()
+                host_sum.add_up(values)
         except ConnectionError as error:
             # The others see it go: by then they must have heard of rank 1 themselves.
             time.sleep(4)

@@ -2,12 +2,13 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import completed_run, metrics, run_job
+from processes import Ended, completed_run, metrics, run_job, run_main, run_ranks
 
 FLAGS = ["--data=bundled", "--train-samples=640", "--lr=0.05", "--epochs=2"]
 
@@ -30,6 +31,29 @@ def test_by_hand_and_by_autograd_end_in_the_same_bits(tmp_path: Path) -> None:
     assert losses(by_hand) == losses(by_autograd)
     for name, weight in weights(by_autograd).items():
         assert torch.equal(weights(by_hand)[name], weight), name
+
+
+def run_on_threads(threads: int, directory: str, flags: list[str]) -> Ended:
+    """The job in this process, as a user who sets OMP_NUM_THREADS has it."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    return run_main(directory, flags)
+
+
+def test_the_number_of_threads_changes_no_bit(tmp_path: Path) -> None:
+    """Here two threads may have one core; on some batches the job may decide to take fewer."""
+    flags = [*FLAGS, "--train-samples=4000", "--epochs=20", "--momentum=0.9"]
+    found = []
+    for threads in (1, 2, 3):
+        (ended,) = run_ranks(
+            run_on_threads, 1, threads, str(tmp_path), [f"--run-dir=run-{threads}", *flags]
+        )
+        assert ended.code == 0, ended
+        found.append(tmp_path / f"run-{threads}")
+    for other in found[1:]:
+        assert losses(other) == losses(found[0])
+        for name, weight in weights(found[0]).items():
+            assert torch.equal(weights(other)[name], weight), name
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,23 +18,37 @@ from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
 
 
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 21, 32, 63, 64, 65, 128, 192, 193, 512])
-def test_gradients_by_hand_are_those_of_autograd_to_the_last_bit(count: int) -> None:
+def test_gradients_by_hand_are_those_of_autograd_on_one_thread_to_the_last_bit(
+    count: int, threads: int
+) -> None:
     torch.manual_seed(count)
     model = MLP()
     optimizer = FlatSGD(model, 0.1, 0, 0)
     pixels = torch.randint(0, 256, (count, 784)) / 256
     labels = torch.randint(0, 10, (count,))
     scale = 3 / max(1, count)
+    torch.set_num_threads(1)
     expected = F.cross_entropy(model(pixels), labels, reduction="sum")
     (expected * scale).backward()
     found = optimizer.views(torch.full_like(optimizer.flat, torch.nan))
     by_hand = Perceptron([model.hidden1, model.hidden2, model.out])
-    loss_sum = by_hand.gradients(pixels, labels, torch.tensor(scale), found)
-    assert torch.equal(loss_sum, expected)
-    for parameter, gradient in zip(model.parameters(), found, strict=True):
-        assert parameter.grad is not None
-        assert torch.equal(parameter.grad, gradient)
+    torch.set_num_threads(threads)
+    for _ in range(2):  # the first call of a size tries how it may be done
+        loss_sum = by_hand.gradients(pixels, labels, torch.tensor(scale), found)
+        assert torch.equal(loss_sum, expected)
+        for parameter, gradient in zip(model.parameters(), found, strict=True):
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, gradient)
+    assert torch.get_num_threads() == threads
 
 
 def test_a_quicker_product_with_other_bits_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +61,7 @@ def test_a_quicker_product_with_other_bits_is_not_taken(monkeypatch: pytest.Monk
         return product
 
     monkeypatch.setattr(onednn, "linear", off_by_one_bit)
-    test_gradients_by_hand_are_those_of_autograd_to_the_last_bit(64)
+    test_gradients_by_hand_are_those_of_autograd_on_one_thread_to_the_last_bit(64, 1)
 
 
 @pytest.mark.parametrize(("momentum", "decay"), [(0, 0), (0, 0.01), (0.9, 0), (0.9, 0.01)])

@@ -1,29 +1,52 @@
-"""How many threads a process computes with."""
+"""How many threads take the steps: as many as are quickest."""
 
-import os
+import time
+from collections.abc import Iterator
 
 import pytest
+import torch
 
-from mnist_dist.threads import cpus_allowed, threads_for_one
-
-
-def test_no_more_cpus_than_the_process_may_run_on() -> None:
-    everything = os.sched_getaffinity(0)
-    assert 1 <= cpus_allowed() <= len(everything)
-    os.sched_setaffinity(0, {min(everything)})
-    try:
-        assert cpus_allowed() == 1
-        assert threads_for_one(1, None) == 1
-    finally:
-        os.sched_setaffinity(0, everything)
+from mnist_dist.threads import QuickestThreads
 
 
-def test_processes_of_a_host_share_its_cpus() -> None:
-    assert threads_for_one(1, None) == cpus_allowed()
-    assert threads_for_one(cpus_allowed(), None) == 1
-    assert threads_for_one(10 * cpus_allowed(), None) == 1
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("given", [1, 10**6])
-def test_slurms_share_is_taken_but_never_more_than_there_is(given: int) -> None:
-    assert threads_for_one(1, given) == min(given, cpus_allowed())
+def take_steps(threads: QuickestThreads, steps: int, quickest: int) -> list[int]:
+    """The threads of each step, where a step takes ten times as long on others than `quickest`."""
+    taken = []
+    for _ in range(steps):
+        threads.begin_step()
+        taken.append(torch.get_num_threads())
+        time.sleep(0.0005 if taken[-1] == quickest else 0.005)
+    return taken
+
+
+@pytest.mark.parametrize(("most", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6])])
+def test_powers_of_two_and_the_most_are_tried(most: int, counts: list[int]) -> None:
+    assert QuickestThreads(most).counts == counts
+
+
+@pytest.mark.parametrize("quickest", [1, 2])
+def test_the_quickest_number_is_found_and_kept(quickest: int) -> None:
+    threads = QuickestThreads(2, steps_between_trials=20)
+    taken = take_steps(threads, 150, quickest)
+    assert taken[:20] == [2] * 20, "it begins with the most"
+    settled = taken[60:]
+    assert settled.count(quickest) > settled.count(3 - quickest)
+
+
+def test_a_machine_that_changes_is_noticed() -> None:
+    threads = QuickestThreads(2, steps_between_trials=20)
+    for quickest in (1, 2, 1):
+        take_steps(threads, 120, quickest)
+        last = take_steps(threads, 56, quickest)  # a trial and what is between two
+        assert last.count(quickest) > last.count(3 - quickest)
+
+
+def test_one_thread_stays_one() -> None:
+    assert take_steps(QuickestThreads(1, steps_between_trials=3), 12, 1) == [1] * 12
