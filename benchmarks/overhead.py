@@ -42,7 +42,7 @@ def epoch_seconds(
             agreement.compare(state.settle())
     if checked:
         bad_step = state.settle()
-        agreement.compare(bad_step, state.epoch_notes(world))
+        agreement.compare(bad_step, state.notes(world))
     else:  # the loss is summed in any case
         state.settle()
         world.gather_numbers([state.loss_sum])

@@ -5,10 +5,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mnist_dist.world import World
+import torch
+from torch import Tensor
+
+from mnist_dist.world import World, as_bytes, as_numbers
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 # Slurm sends to every process, torchrun passes its own copy on: copies this close are one request.
@@ -90,13 +92,14 @@ class Agreement:
         return self._steps >= self._steps_until_next
 
     def compare(
-        self, bad_step: int | None, beside: Sequence[float] = ()
-    ) -> tuple[Verdict, list[list[float]]]:
+        self, bad_step: int | None, beside: Tensor | None = None
+    ) -> tuple[Verdict, list[Tensor]]:
         """Exchange notes; every rank must call this after the same step, and gets the same verdict.
 
         Args:
             bad_step: the first step at which this rank's loss was not finite, or None.
-            beside: as many more numbers on every rank, which need no exchange of their own then.
+            beside: (n,) uint8 of the same length on every rank, which needs no exchange of its own
+                then.
 
         Returns:
             The verdict, and each rank's `beside`.
@@ -105,8 +108,11 @@ class Agreement:
         clock = self._save_every_s is not None and now - self._saved >= self._save_every_s
         seconds = (now - self._compared) / max(1, self._steps)
         bad = float("inf") if bad_step is None else float(bad_step)
-        mine = [float(self._stop.signal), seconds, float(clock), bad]
-        notes = self._world.gather_numbers([*mine, *beside])
+        mine = as_bytes([float(self._stop.signal), seconds, float(clock), bad])
+        length = len(mine)
+        both = mine if beside is None else torch.cat([mine, beside])
+        everybodys = self._world.gather_tensors(both)
+        notes = [as_numbers(theirs[:length]) for theirs in everybodys]
         stop, slowest, save = (max(column) for column in list(zip(*notes, strict=True))[:3])
         bad_steps = [note[3] for note in notes]
         period = _PERIOD_S if self._world.world_size > 1 else _PERIOD_ALONE_S
@@ -119,7 +125,7 @@ class Agreement:
             bad_rank=bad_steps.index(first) if first < float("inf") else None,
             bad_step=int(first) if first < float("inf") else 0,
         )
-        return verdict, [note[len(mine) :] for note in notes]
+        return verdict, [theirs[length:] for theirs in everybodys]
 
     def saved(self) -> None:
         """A checkpoint was made: its clock starts anew."""

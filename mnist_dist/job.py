@@ -26,7 +26,7 @@ from mnist_dist.model import describe
 from mnist_dist.record import Record
 from mnist_dist.run_directory import code_digest, find_run_directory
 from mnist_dist.sharding import Sharding
-from mnist_dist.state import TrainState, sum_up
+from mnist_dist.state import TrainState
 from mnist_dist.steps import use_precision
 from mnist_dist.tracking import Look
 from mnist_dist.world import World, join
@@ -201,9 +201,9 @@ class Meetings:
         """
         job, state = self._job, self._job.state
         bad_step = state.settle()
-        verdict, notes = self._agreement.compare(bad_step, state.epoch_notes(job.world))
+        verdict, notes = self._agreement.compare(bad_step, state.notes(job.world))
         self._require_finite(verdict)
-        loss_sum, apart = sum_up(notes)
+        loss_sum, apart = state.compare(notes)
         if apart:
             raise JobError(
                 f"the weights of rank(s) {', '.join(map(str, apart))} differ from those of the "

@@ -12,9 +12,29 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_dist.errors import UserError
 from mnist_dist.model import difference
-from mnist_dist.world import World
+from mnist_dist.world import World, as_bytes, as_numbers
 
 FORMAT = 1
+_DIGEST = 32  # bytes of a SHA-256
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """What differs between ranks after optimizer step `step`, by rank."""
+
+    step: int
+    contents: list[Tensor]
+    """As `TrainState._own` makes them, uint8."""
+
+    @property
+    def loss_sums(self) -> list[float]:
+        """Sums of cross entropies over the steps of the epoch."""
+        return [as_numbers(content[:8])[0] for content in self.contents]
+
+    @property
+    def random_states(self) -> list[Tensor]:
+        """For torch.set_rng_state."""
+        return [content[8:].clone() for content in self.contents]
 
 
 @dataclass
@@ -40,6 +60,8 @@ class TrainState:
     """This rank's sum of cross entropies over the settled steps of the current epoch."""
     _unsettled: list[Tensor] = field(default_factory=list)
     """The same of single steps, still on the device: to read one waits for the device."""
+    _ranks: _Ranks | None = None
+    """What was last known of all ranks."""
 
     def count_step(self, loss_sum: Tensor) -> None:
         """Take one optimizer step into account; `loss_sum` as `train_epoch` yields it."""
@@ -79,21 +101,39 @@ class TrainState:
             digest.update(tensor.detach().cpu().contiguous().numpy().reshape(-1).data)
         return digest.hexdigest()
 
-    def epoch_notes(self, world: World) -> list[float]:
-        """What the ranks compare when the steps of an epoch are done and settled, for `sum_up`."""
-        digest = self.weights_digest() if world.world_size > 1 else 48 * "0"
-        pieces = [float(int(digest[n : n + 12], 16)) for n in range(0, 48, 12)]  # 48 bits: exact
-        return [self.loss_sum, *pieces]
+    def notes(self, world: World) -> Tensor:
+        """What the ranks are to know of each other after an epoch's steps, for `compare`: uint8."""
+        digest = bytes.fromhex(self.weights_digest()) if world.world_size > 1 else bytes(_DIGEST)
+        return torch.cat([torch.tensor(list(digest), dtype=torch.uint8), self._own()])
+
+    def compare(self, notes: list[Tensor]) -> tuple[float, list[int]]:
+        """Take in the `notes` of all ranks, in rank order.
+
+        Returns:
+            The sum of the epoch's cross entropies over all ranks; the ranks whose weights differ,
+            in any bit, from those that most ranks have.
+        """
+        digests = [theirs[:_DIGEST].tolist() for theirs in notes]
+        usual = max(digests, key=digests.count)
+        apart = [rank for rank, digest in enumerate(digests) if digest != usual]
+        ranks = _Ranks(self.step, [theirs[_DIGEST:] for theirs in notes])
+        self._ranks = ranks
+        return sum(ranks.loss_sums), apart
+
+    def _own(self) -> Tensor:
+        """What differs between ranks, as bytes for `_Ranks`."""
+        return torch.cat([as_bytes([self.loss_sum]), torch.get_rng_state()])
 
     def state_dict(self, world: World) -> dict[str, Any]:
         """The whole state as tensors and plain types; every rank must take part.
 
         Model and optimizer are equal on all ranks. What is not, the random state and the partial
-        loss, is gathered in rank order, so that a resume at the same world size is bitwise. It
-        travels as bytes: one small collective instead of two of pickled objects.
+        loss, is listed in rank order, so that a resume at the same world size is bitwise. After
+        `compare` it is known; else it is gathered here.
         """
-        loss_sum = torch.tensor([self.loss_sum], dtype=torch.float64).view(torch.uint8)
-        per_rank = world.gather_tensors(torch.cat([torch.get_rng_state(), loss_sum]))
+        if self._ranks is None or self._ranks.step != self.step:
+            self._ranks = _Ranks(self.step, world.gather_tensors(self._own()))
+        ranks = self._ranks
         return {
             "format": FORMAT,
             "model": self.model.state_dict(),
@@ -105,8 +145,8 @@ class TrainState:
             "step": self.step,
             "best_loss": self.best_loss,
             "best_epoch": self.best_epoch,
-            "rng": [mine[:-8].clone() for mine in per_rank],
-            "loss_sums": [mine[-8:].clone().view(torch.float64).item() for mine in per_rank],
+            "rng": ranks.random_states,
+            "loss_sums": ranks.loss_sums if self.batch else [0.0] * world.world_size,
         }
 
     def load_state_dict(self, saved: dict[str, Any], world: World) -> None:
@@ -158,16 +198,3 @@ class TrainState:
                 f"{before}{why}; give that value again (all of that run's: --config with its "
                 "config.json), or another --run-dir"
             )
-
-
-def sum_up(notes: list[list[float]]) -> tuple[float, list[int]]:
-    """What the `epoch_notes` of all ranks say together.
-
-    Returns:
-        The sum of the epoch's cross entropies over all ranks; the ranks whose weights differ, in
-        any bit, from those that most ranks have.
-    """
-    digests = [pieces for _, *pieces in notes]
-    usual = max(digests, key=digests.count)
-    apart = [rank for rank, pieces in enumerate(digests) if pieces != usual]
-    return sum(loss_sum for loss_sum, *_ in notes), apart
