@@ -2,11 +2,10 @@
 
 python -m benchmarks.compare --data ../shared/data/mnist.pkl.gz --world-sizes 1 2 4 --rounds 3
 
-An epoch is training and validation; ours is the whole job, with its records and checkpoints. Every
-contender runs as a job of its own, one after another, as often as there are rounds; the first epoch
-of each job warms up and does not count. What of ours is not training is of jobs of 25 epochs, the
-default: shorter ones draw for TensorBoard in each. Then follow the tables of `benchmarks.parts` and
-`benchmarks.start`. `pip install -e '.[compare]'` installs the peers.
+An epoch is training and validation; ours is the whole job of 25 epochs, the default, with its
+records and checkpoints. Every contender runs as a job of its own, one after another, as often as
+there are rounds; the first epoch of each job warms up and does not count. Then follow the tables of
+`benchmarks.parts` and `benchmarks.start`. `pip install -e '.[compare]'` installs the peers.
 """
 
 import argparse
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,25 +28,21 @@ BESIDE = "share of ours that is not training"
 _INSIDE = "--inside"
 
 
-def epochs_of_ours(work: Work, processes: int) -> tuple[list[float], list[float]]:
+def epochs_of_ours(work: Work, processes: int) -> tuple[list[float], float]:
     """Each epoch of the real job but the first, from its own record.
 
     Returns:
-        Its seconds, and what its training alone took of them.
+        Its seconds; and the share of them all that was not training but validation, records and
+        checkpoints.
     """
     with tempfile.TemporaryDirectory() as directory:
-        flags = [f"--epochs={work.epochs}", f"--global-batch-size={work.global_batch_size}"]
-        records = train(Path(directory) / "run", processes, f"--data={work.data}", *flags)
+        flags = [f"--data={work.data}", f"--global-batch-size={work.global_batch_size}"]
+        records = train(Path(directory) / "run", processes, *flags)
     epochs = epochs_after_the_first(records)
     steps = records[0]["step"]
-    training = [steps * record["perf/step_ms"] / 1e3 for _, record in epochs]
-    return [seconds for seconds, _ in epochs], training
-
-
-def share_beside_training(work: Work, processes: int) -> float:
-    """Validation, records and checkpoints, of all epochs but the first of a job of 25 together."""
-    seconds, training = epochs_of_ours(replace(work, epochs=25), processes)
-    return 1 - sum(training) / sum(seconds)
+    training = sum(steps * record["perf/step_ms"] / 1e3 for _, record in epochs)
+    seconds = [taken for taken, _ in epochs]
+    return seconds, 1 - training / sum(seconds)
 
 
 def epochs_of_peer(name: str, work: Work, processes: int) -> list[float]:
@@ -80,8 +74,9 @@ def measure(work: Work, processes: int, rounds: int, names: list[str]) -> dict[s
     """Seconds of all epochs of each contender; the contenders take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in (OURS, *names, BESIDE)}
     for _ in range(rounds):
-        seconds[OURS] += epochs_of_ours(work, processes)[0]
-        seconds[BESIDE].append(share_beside_training(work, processes))
+        ours, beside = epochs_of_ours(work, processes)
+        seconds[OURS] += ours
+        seconds[BESIDE].append(beside)
         for name in names:
             seconds[name] += epochs_of_peer(name, work, processes)
     return seconds
@@ -108,7 +103,7 @@ def main() -> None:
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--data", default="auto", help="as of train_ddp.py")
     parser.add_argument("--batch", type=int, default=64, help="global batch size")
-    parser.add_argument("--epochs", type=int, default=3, help="of one job; the first warms up")
+    parser.add_argument("--epochs", type=int, default=3, help="of a peer's job; the first warms up")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--epochs-only", action="store_true", help="the first table only")

@@ -12,17 +12,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from mnist_dist.augmentation import random_shifts, shifted
 from mnist_dist.data import Split
 from mnist_dist.inference import quick_logits
+from mnist_dist.model import pixels
 from mnist_dist.sharding import Sharding, evaluation_share
 from mnist_dist.steps import Step
 from mnist_dist.world import World
 
 _EVALUATION_BATCH = 1000
 _CLASSES = 10
-
-
-def pixels(images: Tensor) -> Tensor:
-    """(N, 784) uint8 to float32 byte/256: bitwise the values of the original mnist.pkl.gz."""
-    return images.to(torch.float32).mul_(1 / 256)
 
 
 def train_epoch(
@@ -141,7 +137,7 @@ def evaluate(model: nn.Module, split: Split, world: World, mistakes: int = 0) ->
     images, labels = split.images[share], split.labels[share]
     logits_of = quick_logits(model)
     with torch.random.fork_rng(devices=[]):
-        logits = torch.cat([logits_of(pixels(part)) for part in images.split(_EVALUATION_BATCH)])
+        logits = torch.cat([logits_of(part) for part in images.split(_EVALUATION_BATCH)])
     model.train(was_training)
     loss_sum = F.cross_entropy(logits, labels, reduction="none").double().sum()
     predicted = logits.argmax(1)

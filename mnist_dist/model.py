@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -65,3 +66,8 @@ def difference(weights: Any, model: nn.Module) -> str | None:
             return f"its {name} is {found.dtype}, this one's {weight.dtype}"
     more = [name for name in weights if name not in own]
     return f"there is no place for its {more[0]}" if more else None
+
+
+def pixels(images: Tensor) -> Tensor:
+    """(N, 784) uint8 to float32 byte/256: bitwise the values of the original mnist.pkl.gz."""
+    return images.to(torch.float32).mul_(1 / 256)

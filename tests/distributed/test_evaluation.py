@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from processes import run_ranks
 
 from mnist_dist.data import Split
-from mnist_dist.engine import Evaluation, evaluate, pixels
+from mnist_dist.engine import Evaluation, evaluate
 from mnist_dist.launcher import read_launch
-from mnist_dist.model import MLP
+from mnist_dist.model import MLP, pixels
 from mnist_dist.world import join
 
 SIZES = range(12, 18)

@@ -29,7 +29,7 @@ def main() -> int:
 
 def at_batch(act: Any) -> None:
     """Let `act` change the pixels of one training batch."""
-    original, seen = engine.pixels, 0
+    original, seen = model.pixels, 0
 
     def pixels(images: torch.Tensor) -> torch.Tensor:
         nonlocal seen
@@ -37,7 +37,7 @@ def at_batch(act: Any) -> None:
         result = original(images)
         return act(result) if seen == _AT_BATCH else result
 
-    engine.pixels = pixels
+    engine.pixels = pixels  # type: ignore[attr-defined]
 
 
 def raise_error(_: list[str]) -> None:

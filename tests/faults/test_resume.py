@@ -90,11 +90,12 @@ def train_and_count(flags: list[str], stop_after: int) -> tuple[int, list[tuple[
     """
     import train_ddp
     from mnist_dist import engine, interruption
+    from mnist_dist.model import pixels
 
     interruption._PERIOD_S = interruption._PERIOD_ALONE_S = (
         0.0  # the ranks compare notes after every step
     )
-    pixels, indices = engine.pixels, Sharding.epoch_indices
+    indices = Sharding.epoch_indices
     used: list[tuple[int, int]] = []
     epoch, batches = -1, 0
 
@@ -113,7 +114,7 @@ def train_and_count(flags: list[str], stop_after: int) -> tuple[int, list[tuple[
         epoch = number
         return indices(self, epoch=number)
 
-    engine.pixels = counted_pixels
+    engine.pixels = counted_pixels  # type: ignore[attr-defined]
     Sharding.epoch_indices = noted_indices  # type: ignore[method-assign, assignment]
     return train_ddp.main(flags) or 0, used
 
