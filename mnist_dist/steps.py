@@ -117,7 +117,8 @@ class StepByHand:
         """Train what `perceptron` computes with, by `optimizer`; sum as `sum_over_ranks` says."""
         self.way = way
         # What a GPU is asked for it does later: nobody could say how long that takes.
-        self.seconds_adding_up = 0.0 if optimizer.flat.device.type == "cpu" else None
+        on_cpu = optimizer.flat.device.type == "cpu"
+        self.seconds_adding_up = 0.0 if on_cpu else None
         self._sum: Tensor | None = None
         self._perceptron = perceptron
         self._optimizer = optimizer
@@ -125,7 +126,7 @@ class StepByHand:
         self._own = torch.empty_like(optimizer.flat)
         self._views = optimizer.views(self._own)
         self._scales: dict[int, Tensor] = {}
-        self._threads = QuickestThreads(torch.get_num_threads())
+        self._threads = QuickestThreads(torch.get_num_threads() if on_cpu else 1)
 
     def __call__(self, pixels: Tensor, labels: Tensor, samples: int) -> Tensor:
         """See `Step`; leaves torch with the number of threads that it has found the quickest."""
