@@ -1,5 +1,7 @@
 """The collectives: an error on one rank is everybody's, and nobody is left waiting."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,17 @@ def test_collectives_give_every_rank_the_same_values_and_errors() -> None:
         assert result["once_per_host"] == "from 0"
         assert result["same"] == ""
         assert result["differs"] == "--data differs: rank 1 has 1, rank 0 has 0; mend it"
+
+
+def policy() -> int:
+    with join(read_launch(), "cpu", "auto"):
+        return os.sched_getscheduler(0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has batch processes")
+def test_ranks_work_in_long_turns_and_a_process_alone_as_any_other() -> None:
+    assert run_ranks(policy, 2) == [os.SCHED_BATCH, os.SCHED_BATCH]
+    assert run_ranks(policy, 1) == [os.SCHED_OTHER]
 
 
 def two_hosts() -> tuple[str, str]:
