@@ -100,8 +100,9 @@ class TrainConfig:
     can. off: by the backend, as between hosts."""
 
     backward: Literal["auto", "autograd"] = "auto"
-    """How gradients are computed. auto: by the perceptron's own formulas, on CPUs to the same bits
-    as autograd in half the time. autograd: always by autograd and DistributedDataParallel."""
+    """How gradients are computed. auto: by the perceptron's own formulas, on CPUs to the bits
+    that autograd has on one thread, in less time. autograd: always by autograd and
+    DistributedDataParallel."""
 
     cuda_graphs: Literal["auto", "off"] = "auto"
     """Launch the kernels of a step's gradients on a GPU as one. auto: with --backward auto, if a

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -31,6 +33,9 @@ def parse_flags(kind: type[T], argv: Sequence[str], program: str) -> T:
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(kind, args=argv, prog=program)
+    except BrokenPipeError:  # the reader of --help has gone, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except SystemExit as end:
         if end.code == 0:
             raise

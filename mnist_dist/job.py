@@ -150,7 +150,8 @@ def begin(job: Job) -> None:
     fact("model", describe(state.model))
     fact(
         "train",
-        f"{_epochs(config.epochs)} of {job.sharding.steps_per_epoch} steps, global batch "
+        f"{_counted(config.epochs, 'epoch')} of "
+        f"{_counted(job.sharding.steps_per_epoch, 'step')}, global batch "
         f"{config.global_batch_size}, SGD lr {config.lr:g} {config.schedule}, "
         f"momentum {config.momentum:g}, weight decay {config.weight_decay:g}"
         f"{f', shifts up to {config.random_shift} px' if config.random_shift else ''}",
@@ -158,12 +159,12 @@ def begin(job: Job) -> None:
     fact("watch", summary.view(str(job.record)))
     fact("run", str(job.record))
     if state.step:
-        job.console.say(f"resume at step {state.step}, {_epochs(state.epoch)} done")
+        job.console.say(f"resume at step {state.step}, {_counted(state.epoch, 'epoch')} done")
     world.begin_steps(config.step_timeout)
 
 
-def _epochs(count: int) -> str:
-    return f"{count} epoch{'s' if count != 1 else ''}"
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count != 1 else ''}"
 
 
 class Meetings:

@@ -1,5 +1,6 @@
 """Edges that a stranger found: closed pipes, half an environment, lost files, tiny data."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,20 @@ def test_training_goes_on_when_its_reader_leaves(tmp_path: Path) -> None:
         errors = job.stderr.read().decode()
     assert '"completed"' in (tmp_path / "run" / "status.json").read_text(), errors
     assert "Traceback" not in errors
+
+
+def test_help_whose_reader_leaves_is_silent(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        ended = subprocess.run(
+            [sys.executable, "-u", SCRIPT, "--help"],
+            cwd=tmp_path,
+            stdout=gone,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_half_a_launchers_environment_is_refused_by_name(tmp_path: Path) -> None:
