@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 _STEPS_OF_A_TRIAL = 8
+_SOON = 20  # steps until the first trial, and until the next where one has changed the number
 
 
 class QuickestThreads:
@@ -17,8 +18,8 @@ class QuickestThreads:
 
     More threads are quicker only as long as what they pass to each other costs less than they save.
     On a virtual machine that changes while a job runs: its host moves the cores, and where they
-    share no cache two threads can take twice as long as one. What is computed must not depend on
-    the number of threads, since this goes by the clock.
+    share no cache two threads can take longer than one. What is computed must not depend on the
+    number of threads, since this goes by the clock.
     """
 
     def __init__(self, most: int, steps_between_trials: int = 1000) -> None:
@@ -34,14 +35,19 @@ class QuickestThreads:
 
     def _go_on(self) -> Iterator[int]:
         """The number of threads for one step after the other."""
-        now = self.counts[-1]
-        for turn in itertools.count():
-            yield from itertools.repeat(now, self._between)
+        now, turn, pause = self.counts[-1], 0, _SOON
+        while True:
+            yield from itertools.repeat(now, pause)
             place = self.counts.index(now)
             beside = self.counts[max(0, place - 1) : place + 2]
             beside.remove(now)
+            before = now
             if beside:
                 now = yield from self._quicker(now, beside[turn % len(beside)])
+            if now == before:  # as it should be; next time the other side has its turn
+                turn, pause = turn + 1, self._between
+            else:
+                pause = _SOON
 
     def _quicker(self, now: int, other: int) -> Generator[int, None, int]:
         """Which of two numbers of threads takes steps in less time; each has its turn twice."""
@@ -92,7 +98,7 @@ def work_in_long_turns() -> None:
 
     As ordinary processes, ranks that have just been woken by another's word take the core from one
     that still computes. As batch processes they wait their turn: with 4 processes on 2 cores a step
-    took about a tenth less (`benchmarks.parts`). Needs no privileges; Linux only.
+    took about a tenth less. Needs no privileges; Linux only.
     """
     with contextlib.suppress(AttributeError, OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -48,5 +48,18 @@ def test_a_machine_that_changes_is_noticed() -> None:
         assert last.count(quickest) > last.count(3 - quickest)
 
 
+def test_on_many_cores_the_quickest_number_is_soon_found() -> None:
+    """Long before the first of the trials that go on for the whole job."""
+    threads = QuickestThreads(16)
+    taken = []
+    for _ in range(240):
+        threads.begin_step()
+        taken.append(torch.get_num_threads())
+        time.sleep(0.001 * taken[-1])
+    assert taken[:20] == [16] * 20
+    assert set(taken) == {16, 8, 4, 2, 1}
+    assert taken[-1] == 1
+
+
 def test_one_thread_stays_one() -> None:
     assert take_steps(QuickestThreads(1, steps_between_trials=3), 12, 1) == [1] * 12
