@@ -13,15 +13,15 @@ def quick_logits(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """A function from images, (n, 784) uint8, to `model`'s logits, equal to its own to rounding.
 
     Args:
-        model: its weights are to stay as they are. Any but the perceptron, and that where there is
-            no oneDNN, is called as it is.
+        model: its weights are used as they are at each call. Any but the perceptron, and that where
+            there is no oneDNN, is called as it is.
     """
     if type(model) is not MLP or not onednn.is_here(model.out.weight.device):
         return lambda images: model(pixels(images))
-    # A power of two: to divide the weights by it instead of every pixel changes no bit.
-    first = model.hidden1.weight / 256
 
     def logits(images: Tensor) -> Tensor:
+        # A power of two: to divide the weights by it instead of every pixel changes no bit.
+        first = model.hidden1.weight / 256
         values = onednn.linear(images.to(torch.float32), first, model.hidden1.bias, "relu")
         values = onednn.linear(values, model.hidden2.weight, model.hidden2.bias, "relu")
         return onednn.linear(values, model.out.weight, model.out.bias)

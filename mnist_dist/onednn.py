@@ -1,8 +1,7 @@
 """oneDNN's matrix products, a part of torch that it takes for float32 in few places by itself.
 
-On x86 CPUs torch multiplies float32 matrices by MKL. On one AMD processor oneDNN took about two
-thirds of the time for the perceptron's large products, on another a fifth more
-(docs/performance.md).
+On x86 CPUs torch multiplies float32 matrices by MKL. Which of the two is quicker for the
+perceptron's large products depends on the processor: one AMD EPYC differed from another.
 """
 
 import platform

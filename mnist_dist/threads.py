@@ -97,8 +97,8 @@ def work_in_long_turns() -> None:
     """Let this process, where it shares its cores with others of its kind, finish what it is at.
 
     As ordinary processes, ranks that have just been woken by another's word take the core from one
-    that still computes. As batch processes they wait their turn: with 4 processes on 2 cores a step
-    took about a tenth less. Needs no privileges; Linux only.
+    that still computes. As batch processes they wait their turn, which helps where ranks are more
+    than cores. Needs no privileges; Linux only.
     """
     with contextlib.suppress(AttributeError, OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

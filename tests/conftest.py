@@ -1,9 +1,11 @@
 """No test touches the network or the user's cache."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from processes import ROOT, completed_run
 
 SHARED = Path(os.environ.get("MNIST_DIST_SHARED_DATA", ROOT.parent / "shared" / "data")).resolve()
@@ -24,6 +26,14 @@ def sealed_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["MNIST_DIST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["MNIST_DIST_URL"] = "http://127.0.0.1:9/mnist.pkl.gz"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def threads_as_before() -> Iterator[None]:
+    """Give torch back the number of threads that it had before the test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

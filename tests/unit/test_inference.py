@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from mnist_dist.inference import quick_logits
 from mnist_dist.model import MLP, pixels
@@ -13,6 +14,20 @@ def test_the_perceptrons_logits_are_its_own_to_rounding(rows: int) -> None:
     model, images = MLP(), torch.randint(0, 256, (rows, 784), dtype=torch.uint8)
     with torch.inference_mode():
         torch.testing.assert_close(quick_logits(model)(images), model(pixels(images)))
+
+
+def test_weights_are_used_as_they_are_at_each_call() -> None:
+    model, images = MLP(), torch.randint(0, 256, (3, 784), dtype=torch.uint8)
+    logits = quick_logits(model)
+    with torch.inference_mode():
+        before = logits(images)
+        nn.init.zeros_(model.hidden1.weight)
+        between = logits(images)
+        nn.init.zeros_(model.out.weight)
+        after = logits(images)
+    assert not torch.equal(before, between)
+    assert not torch.equal(between, after)
+    torch.testing.assert_close(after, model.out.bias.detach().expand(3, 10))
 
 
 def test_any_other_model_is_used_as_it_is() -> None:

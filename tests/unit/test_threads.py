@@ -1,19 +1,36 @@
-"""How many threads take the steps: as many as are quickest."""
+"""How many threads a process computes with, and how many of them take the steps."""
 
+import os
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
 
-from mnist_dist.threads import QuickestThreads
+from mnist_dist.threads import QuickestThreads, cpus_allowed, threads_for_one
+
+pytestmark = pytest.mark.usefixtures("threads_as_before")
 
 
-@pytest.fixture(autouse=True)
-def threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+def test_no_more_cpus_than_the_process_may_run_on() -> None:
+    everything = os.sched_getaffinity(0)
+    assert 1 <= cpus_allowed() <= len(everything)
+    os.sched_setaffinity(0, {min(everything)})
+    try:
+        assert cpus_allowed() == 1
+        assert threads_for_one(1, None) == 1
+    finally:
+        os.sched_setaffinity(0, everything)
+
+
+def test_processes_of_a_host_share_its_cpus() -> None:
+    assert threads_for_one(1, None) == cpus_allowed()
+    assert threads_for_one(cpus_allowed(), None) == 1
+    assert threads_for_one(10 * cpus_allowed(), None) == 1
+
+
+@pytest.mark.parametrize("given", [1, 10**6])
+def test_slurms_share_is_taken_but_never_more_than_there_is(given: int) -> None:
+    assert threads_for_one(1, given) == min(given, cpus_allowed())
 
 
 def take_steps(threads: QuickestThreads, steps: int, quickest: int) -> list[int]:
