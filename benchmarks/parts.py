@@ -43,6 +43,9 @@ BARE, ALONE, TOGETHER, BACKEND, DDP, EVALUATION, PLAIN_EVALUATION = (
 class NoSum:
     """Leaves every rank with its own gradient: what a step costs without communication."""
 
+    def __init__(self, size: int) -> None:
+        self.own = torch.empty(size)
+
     def add_up(self, values: Tensor) -> Tensor:
         return values
 
@@ -50,7 +53,7 @@ class NoSum:
 def step_alone(model: MLP, optimizer: FlatSGD) -> StepByHand:
     """A step of this rank, which waits for no other."""
     perceptron = Perceptron([model.hidden1, model.hidden2, model.out])
-    return StepByHand(perceptron, optimizer, NoSum(), "alone")
+    return StepByHand(perceptron, optimizer, NoSum(len(optimizer.flat)), "alone")
 
 
 @dataclass(frozen=True)

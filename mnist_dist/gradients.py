@@ -17,6 +17,9 @@ Compression = Literal["none", "bf16", "powersgd"]
 class GradientSum(Protocol):
     """Adds up one vector of gradients over all ranks."""
 
+    own: Tensor
+    """(elements,) float32, on the rank's device: where it had best make its vector."""
+
     def add_up(self, values: Tensor) -> Tensor:
         """The sum over all ranks of `values`: to be read only, and only until the next call.
 
@@ -27,9 +30,10 @@ class GradientSum(Protocol):
 class BackendSum:
     """Sums by the process group's backend; of one process, nothing but its own vector."""
 
-    def __init__(self, world: World) -> None:
-        """Add up over the ranks of `world`."""
+    def __init__(self, world: World, size: int) -> None:
+        """Add up vectors of `size` float32 over the ranks of `world`."""
         self._world = world
+        self.own = torch.empty(size, device=world.device)
 
     def add_up(self, values: Tensor) -> Tensor:
         """See `GradientSum`."""
@@ -48,7 +52,7 @@ def sum_over_ranks(
         timeout: seconds that a rank may make the others wait.
     """
     host_sum, way = _share_memory(world, size, share_memory, timeout)
-    return host_sum or BackendSum(world), way
+    return host_sum or BackendSum(world, size), way
 
 
 def average_over_ranks(

@@ -123,8 +123,7 @@ class StepByHand:
         self._perceptron = perceptron
         self._optimizer = optimizer
         self._gradients = gradients
-        self._own = torch.empty_like(optimizer.flat)
-        self._views = optimizer.views(self._own)
+        self._views = optimizer.views(gradients.own)
         self._scales: dict[int, Tensor] = {}
         self._threads = QuickestThreads(torch.get_num_threads() if on_cpu else 1)
 
@@ -136,7 +135,7 @@ class StepByHand:
             scale = self._scales[samples] = torch.tensor(1 / samples, device=pixels.device)
         loss_sum = self._perceptron.gradients(pixels, labels, scale, self._views)
         begun = time.perf_counter()
-        self._sum = self._gradients.add_up(self._own)
+        self._sum = self._gradients.add_up(self._gradients.own)
         if self.seconds_adding_up is not None:
             self.seconds_adding_up += time.perf_counter() - begun
         self._optimizer.apply(self._sum)

@@ -93,6 +93,11 @@ def threads_for_one(processes_here: int, cpus_per_task: int | None) -> int:
     return max(1, min(cpus_per_task or cpus_allowed() // processes_here, cpus_allowed()))
 
 
+def ranks_outnumber_cpus(processes_here: int, cpus_per_task: int | None) -> bool:
+    """Whether some of the `processes_here` have to take turns; arguments as `threads_for_one`'s."""
+    return not cpus_per_task and cpus_allowed() < processes_here
+
+
 def work_in_long_turns() -> None:
     """Let this process, where it shares its cores with others of its kind, finish what it is at.
 

@@ -1,6 +1,7 @@
 """Sums in shared memory: right to the last bit, on one host and over several; nothing is left."""
 
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -57,6 +58,45 @@ def test_hosts_add_up_their_own_sums_and_then_each_others() -> None:
             mine = torch.frombuffer(bytearray(first[position]), dtype=torch.float32)
             torch.testing.assert_close(mine.double(), total, rtol=1e-5, atol=1e-5)
             position += 1
+
+
+def sums_of_dawdlers(calls: int) -> list[float]:
+    """What the sum of the call's number was at each call, between which ranks dawdle at random."""
+    with join(read_launch(), "cpu", "auto") as world:
+        host_sum, dice = HostSum(world, 64, timeout=60), random.Random(world.rank)
+        sums = []
+        for call in range(calls):
+            if dice.random() < 0.1:
+                time.sleep(dice.random() / 500)
+            sums.append(host_sum.add_up(torch.full((64,), float(call))).mean().item())
+        return sums
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_ranks_that_come_early_and_late_in_turns_all_have_every_sum(world_size: int) -> None:
+    for sums in run_ranks(sums_of_dawdlers, world_size, 2000):
+        assert sums == [world_size * call for call in range(2000)]
+
+
+def in_its_own_place(calls: int) -> list[float]:
+    """Sums of a vector made where the sum would have it."""
+    with join(read_launch(), "cpu", "auto") as world:
+        host_sum = HostSum(world, 1000, timeout=60)
+        sums = []
+        for call in range(calls):
+            host_sum.own.fill_(float(10**world.rank * (call + 1)))
+            total = host_sum.add_up(host_sum.own)
+            assert total.eq(total[0]).all()
+            sums.append(total[0].item())
+        return sums
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_vector_made_in_the_sums_own_place_is_added_up_like_any(world_size: int) -> None:
+    """With two ranks that place is private; with more of them than CPUs it is shared."""
+    ones = int("1" * world_size)
+    for sums in run_ranks(in_its_own_place, world_size, 20):
+        assert sums == [ones * (call + 1) for call in range(20)]
 
 
 FLAGS = ["--data=bundled", "--train-samples=500", "--lr=0.05", "--epochs=2"]

@@ -6,7 +6,12 @@ import time
 import pytest
 import torch
 
-from mnist_dist.threads import QuickestThreads, cpus_allowed, threads_for_one
+from mnist_dist.threads import (
+    QuickestThreads,
+    cpus_allowed,
+    ranks_outnumber_cpus,
+    threads_for_one,
+)
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
 
@@ -31,6 +36,12 @@ def test_processes_of_a_host_share_its_cpus() -> None:
 @pytest.mark.parametrize("given", [1, 10**6])
 def test_slurms_share_is_taken_but_never_more_than_there_is(given: int) -> None:
     assert threads_for_one(1, given) == min(given, cpus_allowed())
+
+
+def test_ranks_outnumber_cpus_unless_each_has_been_given_its_own() -> None:
+    assert not ranks_outnumber_cpus(cpus_allowed(), None)
+    assert ranks_outnumber_cpus(cpus_allowed() + 1, None)
+    assert not ranks_outnumber_cpus(cpus_allowed() + 1, cpus_per_task=1)
 
 
 def take_steps(threads: QuickestThreads, steps: int, quickest: int) -> list[int]:
