@@ -19,7 +19,7 @@ from typing import TypeVar
 from mnist_dist.world import World
 
 T = TypeVar("T")
-# About 0.1 ms of asking, as long as ranks in step wait for each other.
+# Ranks in step come within so many; who is waited for longer is slept for.
 _POLLS = 100
 
 
