@@ -56,6 +56,9 @@ warn_step() {
   scancel --signal=TERM "$SLURM_JOB_ID" || true
 }
 
+# Slurm tells a preempted job's processes, and not this shell: ask it.
+preempted() { scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -q "PreemptTime=[0-9]"; }
+
 run_step() {
   trap warn_step USR1
   trap 'warned=true' TERM
@@ -72,9 +75,10 @@ finish() { # CODE RUN_DIRECTORY: torchrun ends with 1 after a clean stop, so the
   status=$(status_of "$2" status) resumable=$(status_of "$2" resumable)
   say "the step ended with $1, the run in $2 is ${status:-not begun}"
   [ "$status" != completed ] || exit 0
-  [ "$resumable" = true ] || { [ -z "$status" ] && $warned; } || exit $(($1 > 0 ? $1 : 1))
+  [ "$resumable" = true ] || { [ -z "$status" ] && { $warned || preempted; }; } || exit $(($1 > 0 ? $1 : 1))
   state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null)
-  if [ "$state" != RUNNING ]; then # cancelled, or Slurm requeues it itself
+  # A running job is SIGNALING for the moment in which Slurm signals it.
+  if [ "$state" != RUNNING ] && [ "$state" != SIGNALING ]; then # cancelled, or Slurm requeues it itself
     say "job $SLURM_JOB_ID is ${state:-gone}: not requeued from here"
   elif [ "$restarts" -ge "$MAX_REQUEUES" ]; then
     say "requeued $restarts times already (MAX_REQUEUES=$MAX_REQUEUES); sbatch --export=ALL,MAX_REQUEUES=N allows more"
