@@ -68,6 +68,12 @@ def difference(weights: Any, model: nn.Module) -> str | None:
     return f"there is no place for its {more[0]}" if more else None
 
 
-def pixels(images: Tensor) -> Tensor:
-    """(N, 784) uint8 to float32 byte/256: bitwise the values of the original mnist.pkl.gz."""
-    return images.to(torch.float32).mul_(1 / 256)
+def pixels(images: Tensor, out: Tensor | None = None) -> Tensor:
+    """(N, 784) uint8 to float32 byte/256: bitwise the values of the original mnist.pkl.gz.
+
+    Args:
+        images: as `Split` has them.
+        out: (N, 784) float32, to be filled and returned; None for new memory.
+    """
+    values = images.to(torch.float32) if out is None else out.copy_(images)
+    return values.mul_(1 / 256)

@@ -22,7 +22,7 @@ class QuickestThreads:
     number of threads, since this goes by the clock.
     """
 
-    def __init__(self, most: int, steps_between_trials: int = 1000) -> None:
+    def __init__(self, most: int, steps_between_trials: int = 2000) -> None:
         """Begin with `most` threads, and never take more."""
         self._between = steps_between_trials
         self.counts = sorted({1, *(1 << n for n in range(most.bit_length())), most})

@@ -149,15 +149,20 @@ def one_rank_stops(how: str) -> str:
     return "all sums were made"
 
 
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ("leaves", "ConnectionError: Connection closed by a rank of this host"),
-        ("hangs", "ConnectionError: Timed out waiting for a rank of this host"),
-    ],
-)
-def test_a_rank_that_leaves_or_hangs_is_an_error_of_the_others(how: str, said: str) -> None:
-    assert run_ranks(one_rank_stops, 3, how) == [said, "", said]
+_CLOSED = "ConnectionError: Connection closed by a rank of this host"
+_TIMED_OUT = "ConnectionError: Timed out waiting for a rank of this host"
+
+
+def test_a_rank_that_leaves_is_an_error_of_the_others() -> None:
+    assert run_ranks(one_rank_stops, 3, "leaves") == [_CLOSED, "", _CLOSED]
+
+
+def test_a_rank_that_hangs_is_an_error_of_the_others() -> None:
+    first, hung, third = run_ranks(one_rank_stops, 3, "hangs")
+    assert hung == ""
+    # The one whose time is up a moment sooner leaves, and the other may hear that before its own.
+    assert _TIMED_OUT in (first, third)
+    assert {first, third} <= {_TIMED_OUT, _CLOSED}
 
 
 def test_ranks_killed_in_the_middle_leave_nothing_behind(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train_ddp
-from mnist_dist import engine, model
+from mnist_dist import augmentation, engine, model
 from mnist_dist.state import TrainState
 
 _AT_BATCH = 5
@@ -29,15 +29,15 @@ def main() -> int:
 
 def at_batch(act: Any) -> None:
     """Let `act` change the pixels of one training batch."""
-    original, seen = model.pixels, 0
+    original, seen = augmentation.shifted, 0
 
-    def pixels(images: torch.Tensor) -> torch.Tensor:
+    def shifted(images: torch.Tensor, down: int, right: int) -> torch.Tensor:
         nonlocal seen
         seen += 1
-        result = original(images)
+        result = original(images, down, right)
         return act(result) if seen == _AT_BATCH else result
 
-    engine.pixels = pixels  # type: ignore[attr-defined]
+    engine.shifted = shifted  # type: ignore[attr-defined]
 
 
 def raise_error(_: list[str]) -> None:

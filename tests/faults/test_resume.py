@@ -90,7 +90,7 @@ def train_and_count(flags: list[str], stop_after: int) -> tuple[int, list[tuple[
     """
     import train_ddp
     from mnist_dist import engine, interruption
-    from mnist_dist.model import pixels
+    from mnist_dist.augmentation import shifted
 
     interruption._PERIOD_S = interruption._PERIOD_ALONE_S = (
         0.0  # the ranks compare notes after every step
@@ -99,22 +99,21 @@ def train_and_count(flags: list[str], stop_after: int) -> tuple[int, list[tuple[
     used: list[tuple[int, int]] = []
     epoch, batches = -1, 0
 
-    def counted_pixels(images: torch.Tensor) -> torch.Tensor:
+    def counted(images: torch.Tensor, down: int, right: int) -> torch.Tensor:
         nonlocal batches
-        if not torch.is_inference_mode_enabled():
-            numbers = (images[:, 0].int() * 256 + images[:, 1]).tolist()
-            used.extend((epoch, number) for number in numbers)
-            batches += 1
-            if batches == stop_after and os.environ.get("RANK", "0") == "0":
-                os.kill(os.getpid(), signal.SIGTERM)
-        return pixels(images)
+        numbers = (images[:, 0] * 256 * 256 + images[:, 1] * 256).int().tolist()
+        used.extend((epoch, number) for number in numbers)
+        batches += 1
+        if batches == stop_after and os.environ.get("RANK", "0") == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return shifted(images, down, right)
 
     def noted_indices(self: Sharding, number: int) -> torch.Tensor:
         nonlocal epoch
         epoch = number
         return indices(self, epoch=number)
 
-    engine.pixels = counted_pixels  # type: ignore[attr-defined]
+    engine.shifted = counted  # type: ignore[attr-defined]
     Sharding.epoch_indices = noted_indices  # type: ignore[method-assign, assignment]
     return train_ddp.main(flags) or 0, used
 
