@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from processes import completed_run, metrics, run_job, run_ranks
 
+from mnist_dist.interruption import StopRequest
 from mnist_dist.sharding import Sharding
 
 SMALL = ["--data=bundled", "--train-samples=43", "--global-batch-size=8", "--epochs=2"]
@@ -98,6 +100,11 @@ def train_and_count(flags: list[str], stop_after: int) -> tuple[int, list[tuple[
     indices = Sharding.epoch_indices
     used: list[tuple[int, int]] = []
     epoch, batches = -1, 0
+    heard, receive = threading.Event(), StopRequest._receive
+
+    def noted_signal(self: StopRequest, number: int) -> None:
+        receive(self, number)
+        heard.set()
 
     def counted(images: torch.Tensor, down: int, right: int) -> torch.Tensor:
         nonlocal batches
@@ -106,6 +113,7 @@ def train_and_count(flags: list[str], stop_after: int) -> tuple[int, list[tuple[
         batches += 1
         if batches == stop_after and os.environ.get("RANK", "0") == "0":
             os.kill(os.getpid(), signal.SIGTERM)
+            assert heard.wait(60)  # by the thread that reads signals
         return shifted(images, down, right)
 
     def noted_indices(self: Sharding, number: int) -> torch.Tensor:
@@ -114,6 +122,7 @@ def train_and_count(flags: list[str], stop_after: int) -> tuple[int, list[tuple[
         return indices(self, epoch=number)
 
     engine.shifted = counted  # type: ignore[attr-defined]
+    StopRequest._receive = noted_signal  # type: ignore[method-assign]
     Sharding.epoch_indices = noted_indices  # type: ignore[method-assign, assignment]
     return train_ddp.main(flags) or 0, used
 
