@@ -69,7 +69,7 @@ def _own_parts(
     indices = sharding.epoch_indices(epoch).to(split.images.device)
     labels = split.labels.index_select(0, indices)
     together = max(1, _ROWS_TOGETHER * sharding.world_size // sharding.global_batch_size)
-    most = -(-together * sharding.global_batch_size // sharding.world_size)
+    most = min(-(-together * sharding.global_batch_size // sharding.world_size), len(indices))
     images = split.images.new_empty(most, split.images.shape[1])
     floats = torch.empty_like(images, dtype=torch.float32)
     for first in range(first_batch, sharding.steps_per_epoch, together):

@@ -44,7 +44,8 @@ class Step(Protocol):
         """Step along the mean gradient over a global batch.
 
         Args:
-            pixels: this rank's part of the batch: (n, 784) float32; n may be 0.
+            pixels: this rank's part of the batch: (n, 784) float32; n may be 0. Their memory has
+                other pixels later: a step that keeps them must copy.
             labels: (n,) int64.
             samples: size of the global batch, over all ranks.
 
