@@ -59,7 +59,7 @@ def _one_line(box: str, kind: type[Any]) -> str:
     before, unknown, words = message.partition("Unrecognized options: ")
     if unknown:
         message = f"{before}unknown: {words.replace(', ', ' ')}{_most_alike(words, kind)}"
-    return f"{message}; --help lists every flag"
+    return f"{message.rstrip('.')}; --help lists every flag"
 
 
 def _most_alike(words: str, kind: type[Any]) -> str:
