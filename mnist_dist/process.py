@@ -36,7 +36,8 @@ def _attempt(work: Callable[[Launch], None]) -> int:
     except ReportedError as error:
         return exit_with_error(launch, error)
     except LostContactError as error:
-        print(f"mnist-dist: rank {launch.rank} ends: {error}", file=sys.stderr)
+        # In one go: print ends a line by a second write, and other ranks say this at the same time.
+        sys.stderr.write(f"mnist-dist: rank {launch.rank} ends: {error}\n")
         leave(1)
     except KeyboardInterrupt:  # while training runs, it listens itself, and saves
         leave(130)
