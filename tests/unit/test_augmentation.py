@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from recording_step import RecordingStep
 
 from mnist_dist.augmentation import random_shifts, shifted
 from mnist_dist.data import Split
@@ -48,23 +48,6 @@ def test_every_seed_and_every_epoch_has_shifts_of_its_own() -> None:
     assert draws[0] == tuple(random_shifts(1, 0, 0, 50))
 
 
-class RecordingStep:
-    """Learns nothing, but keeps the images it is given."""
-
-    way = "recording"
-    seconds_adding_up = None
-
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-
-    def gradient_norm(self) -> None:
-        return None
-
-    def __call__(self, pixels: Tensor, labels: Tensor, samples: int) -> Tensor:
-        self.seen.append(pixels.clone())
-        return torch.zeros(())
-
-
 def batches_seen(split: Split, world_size: int, first_batch: int = 0) -> list[set[bytes]]:
     """The images of every global batch of epoch 2 that the ranks' steps are given together."""
     ranks = []
@@ -73,7 +56,7 @@ def batches_seen(split: Split, world_size: int, first_batch: int = 0) -> list[se
         sharding = Sharding(SAMPLES, 5, rank, world_size, seed=7)
         for _ in train_epoch(step, None, split, sharding, 2, first_batch, random_shift=3):
             pass
-        ranks.append(step.seen)
+        ranks.append([images for images, _, _ in step.seen])
     batches = zip(*ranks, strict=True)
     return [{row.numpy().tobytes() for part in parts for row in part} for parts in batches]
 

@@ -3,29 +3,12 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from recording_step import RecordingStep
 
 from mnist_dist.data import Split
 from mnist_dist.engine import train_epoch
 from mnist_dist.model import pixels
 from mnist_dist.sharding import Sharding
-
-
-class RecordingStep:
-    """Learns nothing, but keeps what it is given."""
-
-    way = "recording"
-    seconds_adding_up = None
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[Tensor, Tensor, int]] = []
-
-    def gradient_norm(self) -> None:
-        return None
-
-    def __call__(self, pixels: Tensor, labels: Tensor, samples: int) -> Tensor:
-        self.seen.append((pixels.clone(), labels.clone(), samples))
-        return torch.zeros(())
 
 
 @settings(deadline=None)
