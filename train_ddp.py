@@ -39,8 +39,9 @@ def train(config: TrainConfig, launch: Launch) -> None:
         if resume(job):
             job.console.say(f"{job.record}: already complete; --epochs N goes on to N epochs")
             return
+        meetings = Meetings(job)  # a stop asked for from here on is saved
         begin(job)
-        fit(job)
+        fit(job, meetings)
         test(job)
 
 
@@ -59,7 +60,7 @@ def build_state(
     return TrainState(model, optimizer, scheduler, identity)
 
 
-def fit(job: Job) -> None:
+def fit(job: Job, meetings: Meetings) -> None:
     """Train and validate epoch by epoch, from where the state stands."""
     config, world, state, sharding = job.config, job.world, job.state, job.sharding
     choice = Choice(
@@ -73,7 +74,6 @@ def fit(job: Job) -> None:
     )
     step = build_step(state.model, state.optimizer, world, choice)
     job.console.fact("step", step.way)
-    meetings = Meetings(job)
     course = Course(
         config.epochs, sharding.steps_per_epoch, sharding.samples, world.world_size, state.step
     )

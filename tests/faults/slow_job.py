@@ -1,5 +1,9 @@
-"""The real job, of which each step takes a millisecond more: epochs are long on any machine."""
+"""The real job, of which each step takes a millisecond more: epochs are long on any machine.
 
+With SLOW_START=SECONDS in the environment the first step comes that much later.
+"""
+
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train_ddp
 from mnist_dist.engine import train_epoch
+from mnist_dist.steps import Step, build_step
 
 
 def slowly(*arguments: Any) -> Iterator[torch.Tensor]:
@@ -20,6 +25,12 @@ def slowly(*arguments: Any) -> Iterator[torch.Tensor]:
         yield loss_sum
 
 
+def late(*arguments: Any) -> Step:
+    time.sleep(float(os.environ.get("SLOW_START", "0")))
+    return build_step(*arguments)
+
+
 if __name__ == "__main__":
     train_ddp.train_epoch = slowly  # type: ignore[assignment, attr-defined]
+    train_ddp.build_step = late  # type: ignore[assignment, attr-defined]
     train_ddp.run()

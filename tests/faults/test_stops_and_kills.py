@@ -26,9 +26,16 @@ FLAGS += ["--global-batch-size=1"]
 
 
 def slow_job(
-    directory: Path, processes: int, *flags: str, torchrun: tuple[str, ...] = ()
+    directory: Path,
+    processes: int,
+    *flags: str,
+    torchrun: tuple[str, ...] = (),
+    environment: dict[str, str] | None = None,
 ) -> LiveJob:
-    return LiveJob(directory, processes, *FLAGS, *flags, torchrun=torchrun, script=SLOW_JOB)
+    flags = (*FLAGS, *flags)
+    return LiveJob(
+        directory, processes, *flags, torchrun=torchrun, script=SLOW_JOB, environment=environment
+    )
 
 
 def unbroken(directory: Path, processes: int) -> Path:
@@ -115,6 +122,17 @@ def test_a_stop_saves_mid_epoch_and_the_same_command_continues_to_the_same_bits(
         assert f"resume at step {step}, 1 epoch done" in job.output
         assert job.status["status"] == "completed"
         assert_same_end(job.run, whole[processes])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stop_before_the_first_step_is_saved_after_it(processes: int, tmp_path: Path) -> None:
+    with slow_job(tmp_path, processes, environment={"SLOW_START": "2"}) as job:
+        job.until(lambda: job.status.get("status") == "running")
+        os.kill(launcher(job), signal.SIGTERM)
+        assert job.wait() == (1 if processes > 1 else 75), job.output
+        assert "SIGTERM at step 1, saved" in job.output
+        assert job.status["status"] == "preempted"
+        assert final(job.run)["step"] == 1
 
 
 def test_a_second_request_ends_at_once(tmp_path: Path) -> None:
