@@ -117,10 +117,10 @@ def resume(job: Job) -> bool:
     steps = world.gather(-1 if saved is None else int(saved["step"]))
     if max(steps) >= 0:
         state.load_state_dict(world.broadcast(saved or {}, steps.index(max(steps))), world)
-    elif status in ("completed", "preempted"):
+    elif world.on_main(lambda: record.directory.had_checkpoint):
         raise UserError(
-            f"--run-dir {record}: the run there is {status}, but its checkpoints are gone; "
-            "give another --run-dir"
+            f"--run-dir {record}: a run is there, but its checkpoints are gone; bring them back, "
+            "or give another --run-dir"
         )
     if state.epoch > config.epochs:
         raise UserError(

@@ -66,6 +66,15 @@ class RunDirectory:
         """The status that the run last wrote; None if there is none to read."""
         return read_status(self.path)
 
+    @property
+    def had_checkpoint(self) -> bool:
+        """Whether the run got so far, by its status or, if that is lost, by its metrics."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            status = json.loads((self.path / "status.json").read_text())
+            return status["saved_step"] is not None
+        metrics = self.path / "metrics.jsonl"
+        return metrics.is_file() and metrics.stat().st_size > 0
+
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace the file `name` atomically."""
         write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from processes import ROOT, command, completed_run, run_job
 
@@ -59,15 +60,22 @@ def test_half_a_launchers_environment_is_refused_by_name(tmp_path: Path) -> None
     assert "LOCAL_WORLD_SIZE" in ended.err
 
 
-def test_a_completed_run_without_its_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", ["completed", "running", None])
+def test_a_run_without_its_checkpoints_is_not_begun_anew(
+    status: str | None, tmp_path: Path
+) -> None:
+    """Whether it ended, was killed, or lost its status too."""
     run = completed_run(tmp_path, 1, *SMALL)
     for path in (run / "checkpoints").glob("step_*"):
         path.unlink()
-    best = (run / "checkpoints" / "best.pt").read_bytes()
+    told = run / "status.json"
+    told.write_text(told.read_text().replace("completed", status) if status else "{")
+    kept = [run / "checkpoints" / "best.pt", run / "metrics.jsonl", told]
+    before = [path.read_bytes() for path in kept]
     (ended,) = run_job(tmp_path, 1, f"--run-dir={run}", *SMALL)
     assert ended.code == 2
     assert "its checkpoints are gone" in ended.err
-    assert (run / "checkpoints" / "best.pt").read_bytes() == best
+    assert [path.read_bytes() for path in kept] == before
 
 
 def test_a_lost_best_checkpoint_is_said_at_the_start_and_made_anew(tmp_path: Path) -> None:
