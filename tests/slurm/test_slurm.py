@@ -45,6 +45,16 @@ def checkout(tmp_path: Path) -> Path:
     return checked_out(tmp_path)
 
 
+@pytest.fixture
+def slow_checkout(tmp_path: Path) -> Path:
+    """One whose jobs take their time until they are requeued."""
+    directory = checked_out(tmp_path)
+    (directory / "train_ddp.py").rename(directory / "real_job.py")
+    slow = Path(__file__).with_name("slow_until_requeued.py")
+    shutil.copy(slow, directory / "train_ddp.py")
+    return directory
+
+
 def checked_out(directory: Path) -> Path:
     for name in ("mnist_dist", "launch"):
         shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -104,9 +114,9 @@ def test_each_script_completes_with_the_loss_of_one_process(
 
 
 def test_a_warning_before_the_time_limit_saves_and_the_requeued_job_completes(
-    cluster: Cluster, checkout: Path
+    cluster: Cluster, slow_checkout: Path
 ) -> None:
-    job = Job(cluster, checkout, "slurm_multi_node.sbatch", *LONG, sbatch=ONE_EACH)
+    job = Job(cluster, slow_checkout, "slurm_multi_node.sbatch", *LONG, sbatch=ONE_EACH)
     job.until_saved()
     warn(job)
     job.until("COMPLETED")
@@ -121,8 +131,10 @@ def warn(job: Job) -> None:
     job.cluster.ask("scancel", "--batch", "--signal=USR1", job.id)
 
 
-def test_an_administrators_requeue_continues_the_same_run(cluster: Cluster, checkout: Path) -> None:
-    job = Job(cluster, checkout, "slurm_srun.sbatch", *LONG, sbatch=ONE_EACH)
+def test_an_administrators_requeue_continues_the_same_run(
+    cluster: Cluster, slow_checkout: Path
+) -> None:
+    job = Job(cluster, slow_checkout, "slurm_srun.sbatch", *LONG, sbatch=ONE_EACH)
     job.until_saved()
     cluster.ask("scontrol", "requeue", job.id)
     job.until("COMPLETED")
@@ -176,11 +188,11 @@ def test_slurms_own_warning_saves_and_requeues_until_the_job_is_cancelled(limite
 @pytest.mark.parametrize("begun", [True, False], ids=["begun", "starting"])
 @pytest.mark.parametrize("script", ["slurm_single_node.sbatch", "slurm_srun.sbatch"])
 def test_a_preempted_job_saves_in_its_grace_and_continues_when_the_other_is_done(
-    script: str, begun: bool, cluster: Cluster, checkout: Path
+    script: str, begun: bool, cluster: Cluster, slow_checkout: Path
 ) -> None:
     tasks = ONE_EACH if script == "slurm_srun.sbatch" else ONE_THREAD
     low = f"--partition=low --exclusive --nodes=2 {tasks}"
-    job = Job(cluster, checkout, script, *LONG, sbatch=low)
+    job = Job(cluster, slow_checkout, script, *LONG, sbatch=low)
     if begun:
         job.until_saved()
     else:
@@ -197,8 +209,10 @@ def test_a_preempted_job_saves_in_its_grace_and_continues_when_the_other_is_done
     require_undisturbed_end(job, *LONG)
 
 
-def test_a_node_set_down_moves_the_job_and_it_continues(cluster: Cluster, checkout: Path) -> None:
-    job = Job(cluster, checkout, "slurm_srun.sbatch", *LONG, sbatch=ONE_EACH)
+def test_a_node_set_down_moves_the_job_and_it_continues(
+    cluster: Cluster, slow_checkout: Path
+) -> None:
+    job = Job(cluster, slow_checkout, "slurm_srun.sbatch", *LONG, sbatch=ONE_EACH)
     job.until_saved()
     cluster.ask("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     cluster.until(lambda: job.restarts == 1)
