@@ -1,6 +1,6 @@
 """Kill things at random instants, many times, and count what was lost.
 
-python -m benchmarks.faults                    all of it, about an hour on 2 cores
+python -m benchmarks.faults                    all of it, in a quarter of an hour or more
 python -m benchmarks.faults --kills 2 --saves 20
 """
 
