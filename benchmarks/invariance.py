@@ -15,8 +15,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="auto")
     parser.add_argument("--recipe", default="baseline")
+    parser.add_argument("--global-batch-size", type=int, help="the recipe's, if not given")
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
     chosen = parser.parse_args()
+    flags = [f"--data={chosen.data}", f"--recipe={chosen.recipe}"]
+    if chosen.global_batch_size is not None:
+        flags.append(f"--global-batch-size={chosen.global_batch_size}")
     print(
         "| processes | final val loss | test accuracy | largest relative difference of a val loss |"
     )
@@ -25,9 +29,7 @@ def main() -> None:
     for world_size in chosen.world_sizes:
         with tempfile.TemporaryDirectory() as directory:
             run = Path(directory) / "run"
-            *epochs, test = train(
-                run, world_size, f"--data={chosen.data}", f"--recipe={chosen.recipe}"
-            )
+            *epochs, test = train(run, world_size, *flags)
         losses = [epoch["val/loss"] for epoch in epochs]
         first = first or losses
         apart = max(abs(a - b) / b for a, b in zip(losses, first, strict=True))

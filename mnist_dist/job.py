@@ -111,13 +111,15 @@ def resume(job: Job) -> bool:
         return record.store.load_latest(world.is_main) if first_on_host else (None, [])
 
     saved, damaged = world.agree(find)
-    status = world.on_main(lambda: record.directory.status)
+    status, had_checkpoint = world.on_main(
+        lambda: (record.directory.status, record.directory.had_checkpoint)
+    )
     for line in damaged:
         job.console.warn(f"{line}; using an older checkpoint")
     steps = world.gather(-1 if saved is None else int(saved["step"]))
     if max(steps) >= 0:
         state.load_state_dict(world.broadcast(saved or {}, steps.index(max(steps))), world)
-    elif world.on_main(lambda: record.directory.had_checkpoint):
+    elif had_checkpoint:
         raise UserError(
             f"--run-dir {record}: a run is there, but its checkpoints are gone; bring them back, "
             "or give another --run-dir"

@@ -69,9 +69,10 @@ class RunDirectory:
     @property
     def had_checkpoint(self) -> bool:
         """Whether the run got so far, by its status or, if that is lost, by its metrics."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            status = json.loads((self.path / "status.json").read_text())
-            return status["saved_step"] is not None
+        told = _read_status_file(self.path)
+        if told:
+            ended_saved = told.get("status") in ("completed", "preempted")
+            return ended_saved or told.get("saved_step") is not None
         metrics = self.path / "metrics.jsonl"
         return metrics.is_file() and metrics.stat().st_size > 0
 
@@ -106,9 +107,15 @@ class RunDirectory:
 
 def read_status(path: Path) -> str | None:
     """The status in the run directory `path`; None if it is not a run's directory."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((path / "status.json").read_text())["status"])
-    return None
+    told = _read_status_file(path)
+    return str(told["status"]) if "status" in told else None
+
+
+def _read_status_file(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        told = json.loads((path / "status.json").read_text())
+        return told if isinstance(told, dict) else {}
+    return {}
 
 
 def find_run_directory(run_dir: str | None, job_id: str | None) -> Path:
