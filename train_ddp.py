@@ -10,25 +10,25 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 # Before torch, whose import takes seconds: it notes the parent that we are to end with.
-from mnist_dist.launcher import Launch  # isort: skip
+from mnist_dist.distributed.launcher import Launch  # isort: skip
 
 import torch
 from torch.optim.lr_scheduler import OneCycleLR
 
-from mnist_dist import process
-from mnist_dist.clock import EpochClock
 from mnist_dist.config import TrainConfig, parse_config
-from mnist_dist.console import Course, Progress
 from mnist_dist.data import Dataset
-from mnist_dist.engine import evaluate, train_epoch
+from mnist_dist.distributed import process
+from mnist_dist.evaluation import evaluate, train_epoch
 from mnist_dist.job import Job, Meetings, begin, look_at, opened, report, resume, save
 from mnist_dist.model import build_model
 from mnist_dist.optimizer import FlatSGD
-from mnist_dist.profiling import profiled
-from mnist_dist.sharding import Sharding
-from mnist_dist.state import TrainState
+from mnist_dist.run.clock import EpochClock
+from mnist_dist.run.console import Course, Progress
+from mnist_dist.run.metrics import Look, is_looked_at
+from mnist_dist.run.profiling import profiled
+from mnist_dist.run.state import TrainState
+from mnist_dist.sampling import Sharding
 from mnist_dist.steps import Choice, build_step
-from mnist_dist.tracking import Look, is_looked_at
 
 _DRAWN_MISTAKES = 24
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks.live_job import ROOT, LiveJob
-from mnist_dist.checkpoint import CheckpointStore
 from mnist_dist.errors import UserError
+from mnist_dist.run.checkpoint import CheckpointStore
 
 FLAGS = ["--data=bundled", "--train-samples=4000", "--epochs=6", "--global-batch-size=4"]
 FLAGS += ["--lr=0.01", "--checkpoint-every-steps=250"]

@@ -10,15 +10,15 @@ import sys
 import time
 
 from mnist_dist.data import Split, load, locate
-from mnist_dist.engine import train_epoch
-from mnist_dist.interruption import Agreement, StopRequest
-from mnist_dist.launcher import read_launch
+from mnist_dist.distributed.launcher import read_launch
+from mnist_dist.distributed.sync import Agreement, StopRequest
+from mnist_dist.distributed.world import World, join
+from mnist_dist.evaluation import train_epoch
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
-from mnist_dist.sharding import Sharding
-from mnist_dist.state import TrainState
+from mnist_dist.run.state import TrainState
+from mnist_dist.sampling import Sharding
 from mnist_dist.steps import Choice, Step, build_step
-from mnist_dist.world import World, join
 
 _INSIDE = "--inside"
 _PAIRS = {1: 100, 2: 40, 4: 24}

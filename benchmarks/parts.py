@@ -18,15 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mnist_dist.by_hand import Perceptron
 from mnist_dist.data import load, locate
-from mnist_dist.engine import evaluate, train_epoch
-from mnist_dist.launcher import read_launch
+from mnist_dist.distributed.launcher import read_launch
+from mnist_dist.distributed.world import World, join
+from mnist_dist.evaluation import evaluate, train_epoch
+from mnist_dist.fast.manual_backward import Perceptron
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
-from mnist_dist.sharding import Sharding
+from mnist_dist.sampling import Sharding
 from mnist_dist.steps import Choice, StepByHand, build_step
-from mnist_dist.world import World, join
 
 _INSIDE = "--inside"
 BARE, ALONE, TOGETHER, BACKEND, DDP, EVALUATION, PLAIN_EVALUATION = (

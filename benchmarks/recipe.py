@@ -18,11 +18,11 @@ from pathlib import Path
 from benchmarks.jobs import train
 from mnist_dist.config import TrainConfig, parse_config
 from mnist_dist.data import load, locate
-from mnist_dist.engine import evaluate, train_epoch
-from mnist_dist.launcher import Launch
-from mnist_dist.sharding import Sharding
+from mnist_dist.distributed.launcher import Launch
+from mnist_dist.distributed.world import join
+from mnist_dist.evaluation import evaluate, train_epoch
+from mnist_dist.sampling import Sharding
 from mnist_dist.steps import Choice, build_step
-from mnist_dist.world import join
 from train_ddp import build_state
 
 

@@ -20,17 +20,17 @@ from pathlib import Path
 
 import torch
 
-from mnist_dist.console import Console, Course
 from mnist_dist.data import Dataset, load, locate
-from mnist_dist.engine import evaluate, train_epoch
-from mnist_dist.launcher import read_launch
+from mnist_dist.distributed.launcher import read_launch
+from mnist_dist.distributed.world import World, join
+from mnist_dist.evaluation import evaluate, train_epoch
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
-from mnist_dist.sharding import Sharding
-from mnist_dist.state import TrainState
+from mnist_dist.run.console import Console, Course
+from mnist_dist.run.metrics import Look, Tracker, is_looked_at
+from mnist_dist.run.state import TrainState
+from mnist_dist.sampling import Sharding
 from mnist_dist.steps import Choice, build_step
-from mnist_dist.tracking import Look, Tracker, is_looked_at
-from mnist_dist.world import World, join
 
 _LEVELS = ("nothing", "minimal", "full")
 
@@ -120,7 +120,7 @@ def main() -> None:
     chosen = parser.parse_args()
     measure(chosen.data, chosen.epochs)
     print("\n| import, after torch | ms, the least of 5 |\n|---|---|")
-    for module in ("mnist_dist.event_file", "torch.utils.tensorboard"):
+    for module in ("mnist_dist.run.event_file", "torch.utils.tensorboard"):
         program = (
             "import torch, time, mnist_dist; begun = time.perf_counter(); "
             f"import {module}; print(time.perf_counter() - begun)"

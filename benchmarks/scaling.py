@@ -24,15 +24,15 @@ import torch
 
 from benchmarks.parts import step_alone
 from mnist_dist.data import load, locate
-from mnist_dist.engine import train_epoch
-from mnist_dist.launcher import read_launch
+from mnist_dist.distributed.launcher import read_launch
+from mnist_dist.distributed.shared_memory import HostSum
+from mnist_dist.distributed.threads import cpus_allowed
+from mnist_dist.distributed.world import World, join
+from mnist_dist.evaluation import train_epoch
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
-from mnist_dist.sharding import Sharding
-from mnist_dist.shared_memory import HostSum
+from mnist_dist.sampling import Sharding
 from mnist_dist.steps import Choice, build_step
-from mnist_dist.threads import cpus_allowed
-from mnist_dist.world import World, join
 
 _INSIDE = "--inside"
 _STEPS = 100

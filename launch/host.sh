@@ -25,7 +25,7 @@ if [ -z "${PROCESSES:-}" ]; then
 fi
 
 # Is the name known, the port free (on HEAD) or reachable (elsewhere)? And which way leads there?
-found=$(PYTHONPATH=$repository python -m mnist_dist.network "$head" "$port" "$node_rank")
+found=$(PYTHONPATH=$repository python -m mnist_dist.distributed.network "$head" "$port" "$node_rank")
 read -r interface address <<<"$found" || true
 interface=${INTERFACE:-$interface}
 if [ -n "${INTERFACE:-}" ]; then

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from mnist_dist.commands.evaluate import evaluate as evaluate
     from mnist_dist.commands.export import export as export
     from mnist_dist.commands.predict import predict as predict
+    from mnist_dist.commands.preprocessing import prepare as prepare
     from mnist_dist.commands.runs import list_runs as list_runs
+    from mnist_dist.commands.trained_model import load_model as load_model
     from mnist_dist.errors import UserError as UserError
-    from mnist_dist.handwriting import prepare as prepare
-    from mnist_dist.trained_model import load_model as load_model
 
 try:
     __version__ = version("mnist-dist")
@@ -27,9 +27,9 @@ _FUNCTIONS = {
     "evaluate": "commands.evaluate",
     "export": "commands.export",
     "list_runs": "commands.runs",
-    "load_model": "trained_model",
+    "load_model": "commands.trained_model",
     "predict": "commands.predict",
-    "prepare": "handwriting",
+    "prepare": "commands.preprocessing",
 }
 
 __all__ = ["__version__", *_FUNCTIONS]

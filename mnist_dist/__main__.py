@@ -18,7 +18,10 @@ _COMMANDS = {
     "evaluate": ("mnist_dist.commands.evaluate", "exact figures of a trained model"),
     "predict": ("mnist_dist.commands.predict", "which digit is in a PNG or JPEG"),
     "export": ("mnist_dist.commands.export", "write a model for torch.export or ONNX"),
-    "doctor": ("mnist_dist.commands.doctor", "can processes started like this train here?"),
+    "doctor": (
+        "mnist_dist.commands.doctor.examination",
+        "check this machine or cluster",
+    ),
     "runs": ("mnist_dist.commands.runs", "a table of runs"),
 }
 

@@ -12,24 +12,24 @@ from typing import Any
 
 import torch
 
-from mnist_dist import summary
 from mnist_dist.config import TrainConfig
-from mnist_dist.console import Console
 from mnist_dist.data import Dataset, load, locate
-from mnist_dist.engine import Evaluation
+from mnist_dist.distributed.ddp import require_compression
+from mnist_dist.distributed.failures import LostContactError
+from mnist_dist.distributed.launcher import Launch
+from mnist_dist.distributed.sync import Agreement, StopRequest, Verdict
+from mnist_dist.distributed.world import World, join
 from mnist_dist.errors import JobError, Preempted, UserError
-from mnist_dist.failures import LostContactError
-from mnist_dist.gradients import require_compression
-from mnist_dist.interruption import Agreement, StopRequest, Verdict
-from mnist_dist.launcher import Launch
+from mnist_dist.evaluation import Evaluation
 from mnist_dist.model import describe
-from mnist_dist.record import Record
-from mnist_dist.run_directory import code_digest, find_run_directory
-from mnist_dist.sharding import Sharding
-from mnist_dist.state import TrainState
+from mnist_dist.run import summary
+from mnist_dist.run.console import Console
+from mnist_dist.run.directory import code_digest, find_run_directory
+from mnist_dist.run.metrics import Look
+from mnist_dist.run.record import Record
+from mnist_dist.run.state import TrainState
+from mnist_dist.sampling import Sharding
 from mnist_dist.steps import use_precision
-from mnist_dist.tracking import Look
-from mnist_dist.world import World, join
 
 
 @dataclass(frozen=True)

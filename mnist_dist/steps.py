@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnist_dist.by_hand import Perceptron
-from mnist_dist.captured import CapturedPerceptron, fault
+from mnist_dist.distributed.ddp import Compression, GradientSum, average_over_ranks, sum_over_ranks
+from mnist_dist.distributed.threads import QuickestThreads
+from mnist_dist.distributed.world import World
 from mnist_dist.errors import UserError
-from mnist_dist.gradients import Compression, GradientSum, average_over_ranks, sum_over_ranks
+from mnist_dist.fast.captured import CapturedPerceptron, fault
+from mnist_dist.fast.manual_backward import Perceptron
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
-from mnist_dist.threads import QuickestThreads
-from mnist_dist.world import World
 
 Precision = Literal["fp32", "tf32", "bf16"]
 

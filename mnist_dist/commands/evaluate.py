@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 # Before torch, whose import takes seconds: it notes the parent that we are to end with.
-from mnist_dist.launcher import Launch  # isort: skip
+from mnist_dist.distributed.launcher import Launch  # isort: skip
 
 import torch
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from mnist_dist import engine, process
-from mnist_dist.console import Console
+from mnist_dist import evaluation as engine
+from mnist_dist.commands.trained_model import TrainedModel, load_trained
 from mnist_dist.data import Dataset, load, locate
-from mnist_dist.engine import Evaluation
+from mnist_dist.distributed import process
+from mnist_dist.distributed.world import World, join
 from mnist_dist.errors import UserError
+from mnist_dist.evaluation import Evaluation
 from mnist_dist.flags import parse_flags
-from mnist_dist.run_directory import code_digest
-from mnist_dist.trained_model import TrainedModel, load_trained
-from mnist_dist.world import World, join
+from mnist_dist.run.console import Console
+from mnist_dist.run.directory import code_digest
 
 SplitName = Literal["train", "validation", "test"]
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
 from mnist_dist.atomic import write_atomically
+from mnist_dist.commands.trained_model import load_trained
 from mnist_dist.data import load, locate
 from mnist_dist.errors import JobError, UserError
 from mnist_dist.flags import parse_flags
 from mnist_dist.model import pixels
-from mnist_dist.trained_model import load_trained
 
 Format = Literal["torch", "onnx"]
 

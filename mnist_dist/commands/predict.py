@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from mnist_dist.commands.preprocessing import find_pictures, prepare
+from mnist_dist.commands.trained_model import load_model
 from mnist_dist.data.errors import one_line
 from mnist_dist.errors import UserError
 from mnist_dist.flags import parse_flags
-from mnist_dist.handwriting import find_pictures, prepare
 from mnist_dist.model import pixels
-from mnist_dist.trained_model import load_model
 
 
 @dataclass(frozen=True)

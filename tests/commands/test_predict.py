@@ -17,8 +17,8 @@ from PIL import Image
 from processes import command
 
 import mnist_dist
-from mnist_dist import handwriting
 from mnist_dist.__main__ import main
+from mnist_dist.commands import preprocessing as handwriting
 from mnist_dist.data import Split, load, locate
 
 Edit = Callable[[Image.Image], Image.Image]

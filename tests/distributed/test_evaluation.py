@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from processes import run_ranks
 
 from mnist_dist.data import Split
-from mnist_dist.engine import Evaluation, evaluate
-from mnist_dist.launcher import read_launch
+from mnist_dist.distributed.launcher import read_launch
+from mnist_dist.distributed.world import join
+from mnist_dist.evaluation import Evaluation, evaluate
 from mnist_dist.model import MLP, pixels
-from mnist_dist.world import join
 
 SIZES = range(12, 18)
 

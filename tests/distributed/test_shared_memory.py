@@ -12,9 +12,9 @@ from processes import completed_run, hosts_of, metrics, run_job, run_ranks
 
 from benchmarks.faults import IN_A_SUM
 from benchmarks.live_job import LiveJob
-from mnist_dist.launcher import read_launch
-from mnist_dist.shared_memory import HostSum
-from mnist_dist.world import join
+from mnist_dist.distributed.launcher import read_launch
+from mnist_dist.distributed.shared_memory import HostSum
+from mnist_dist.distributed.world import join
 
 SIZES = [1, 7, 64, 1000, 136_074]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from processes import free_port, run_job, run_ranks, torchrun_environment
 
+from mnist_dist.distributed.launcher import Launch, read_launch
+from mnist_dist.distributed.world import World, join, pick_device
 from mnist_dist.errors import UserError
-from mnist_dist.launcher import Launch, read_launch
-from mnist_dist.world import World, join, pick_device
 
 
 def try_everything() -> dict[str, Any]:

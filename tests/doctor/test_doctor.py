@@ -53,7 +53,7 @@ def ranks(
     directory: Path, flags: Sequence[str], environments: Sequence[dict[str, str]]
 ) -> list[Ended]:
     """The command's `main` in a process for each of `environments`."""
-    door = "mnist_dist.commands.doctor"
+    door = "mnist_dist.commands.doctor.examination"
     results: list[Ended] = run_ranks(
         run_main, len(environments), str(directory), list(flags), door, environments=environments
     )

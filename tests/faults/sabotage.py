@@ -14,8 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train_ddp
-from mnist_dist import augmentation, engine, model
-from mnist_dist.state import TrainState
+from mnist_dist import augmentation, model
+from mnist_dist import evaluation as engine
+from mnist_dist.run.state import TrainState
 
 _AT_BATCH = 5
 

@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train_ddp
-from mnist_dist.engine import train_epoch
+from mnist_dist.evaluation import train_epoch
 from mnist_dist.steps import Step, build_step
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from processes import completed_run, metrics, run_job, run_ranks
 
-from mnist_dist.interruption import StopRequest
-from mnist_dist.sharding import Sharding
+from mnist_dist.distributed.sync import StopRequest
+from mnist_dist.sampling import Sharding
 
 SMALL = ["--data=bundled", "--train-samples=43", "--global-batch-size=8", "--epochs=2"]
 RECIPE = ["--recipe=tuned", "--lr=0.05"]
@@ -91,8 +91,9 @@ def train_and_count(flags: list[str], stop_after: int) -> tuple[int, list[tuple[
     It is asked to stop while it works on its `stop_after`-th batch.
     """
     import train_ddp
-    from mnist_dist import engine, interruption
+    from mnist_dist import evaluation as engine
     from mnist_dist.augmentation import shifted
+    from mnist_dist.distributed import sync as interruption
 
     interruption._PERIOD_S = interruption._PERIOD_ALONE_S = (
         0.0  # the ranks compare notes after every step

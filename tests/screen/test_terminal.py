@@ -107,7 +107,7 @@ def test_force_color_is_honoured_in_a_pipe(tmp_path: Path) -> None:
 
 def run_with_many_lines(directory: str, flags: list[str]) -> Ended:
     """The job in this rank, which does not wait 10 s between two lines of progress."""
-    from mnist_dist import console
+    from mnist_dist.run import console
 
     console._LINE_EVERY_S = 0.05
     return run_main(directory, flags)
@@ -159,7 +159,7 @@ def test_a_run_whose_length_is_part_of_its_schedule_is_not_said_to_extend(tmp_pa
 
 
 def test_a_warning_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
-    from mnist_dist.console import Console
+    from mnist_dist.run.console import Console
 
     console = Console(speaks=True)
     for line in ("the disk is full", "the disk is full", "the data are few"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mnist_dist.engine import train_epoch
+from mnist_dist.evaluation import train_epoch
 
 
 def slowly(*arguments: Any) -> Iterator[torch.Tensor]:

@@ -6,27 +6,15 @@ from pathlib import Path
 import pytest
 from processes import ROOT
 
-# From the ground up: a module may import from lines above its own, and within `data` from `data`.
+# From the ground up: a room may import from the layers below its own, and inside a layer from the
+# rooms before it.
 LAYERS = [
-    {"errors", "atomic", "augmentation", "model", "threads", "memory", "onednn", "optimizer"}
-    | {"console", "summary", "event_file", "pictures"},
-    {"by_hand", "inference"},
-    {"captured"},
-    {"flags", "failures", "launcher", "network"},
-    {"config", "rendezvous"},
-    {"world"},
-    {"process", "state", "host_barrier"},
-    {"shared_memory"},
-    {"gradients"},
-    {"steps"},
-    {"sharding", "checkpoint", "tracking", "profiling", "run_directory", "interruption", "data"},
-    {"record", "clock", "handwriting", "trained_model", "doctor"},
-    {"engine"},
-    {"job"},
-    {"train_ddp", "commands"},
-    {"__main__"},
+    ["errors", "atomic", "flags", "config"],
+    ["model", "optimizer", "distributed", "data"],
+    ["augmentation", "sampling", "fast", "steps", "run", "evaluation"],
+    ["job", "train_ddp", "commands", "__main__"],
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LEVEL = {name: level for level, name in enumerate(room for layer in LAYERS for room in layer)}
 LONGEST_FUNCTION = 55
 MODULES = sorted([*(ROOT / "mnist_dist").rglob("*.py"), ROOT / "train_ddp.py"])
 
@@ -63,7 +51,7 @@ def test_imports_run_down_the_layers_only(file: Path) -> None:
     own = room(file)
     if own == "__init__":
         if file.parent == ROOT / "mnist_dist":  # the door: lazily, so that it stays cheap
-            assert imported(file) == {"errors", "commands", "handwriting", "trained_model"}
+            assert imported(file) == {"errors", "commands"}
         return
     assert own in LEVEL, f"{own} has no layer yet: give it one here"
     for other in imported(file) - {own}:
@@ -78,7 +66,7 @@ def test_only_the_job_sees_the_configuration() -> None:
 def test_only_one_module_reads_the_launchers_environment() -> None:
     markers = ("SLURM_", "TORCHELASTIC_", "LOCAL_RANK", "MASTER_ADDR")
     readers = {room(file) for file in MODULES if any(m in file.read_text() for m in markers)}
-    assert readers == {"launcher"}
+    assert readers == {"distributed"}
 
 
 @pytest.mark.parametrize("folder", ["mnist_dist", "tests", "benchmarks", "."])

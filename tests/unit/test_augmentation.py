@@ -10,8 +10,8 @@ from recording_step import RecordingStep
 
 from mnist_dist.augmentation import random_shifts, shifted
 from mnist_dist.data import Split
-from mnist_dist.engine import train_epoch
-from mnist_dist.sharding import Sharding
+from mnist_dist.evaluation import train_epoch
+from mnist_dist.sampling import Sharding
 
 SAMPLES = 23
 

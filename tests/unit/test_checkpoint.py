@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mnist_dist.checkpoint import CheckpointStore, load_checkpoint
 from mnist_dist.errors import UserError
+from mnist_dist.run.checkpoint import CheckpointStore, load_checkpoint
 
 
 def state(step: int) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 import pytest
 
-from mnist_dist.clock import EpochClock
-from mnist_dist.console import Console, Course
-from mnist_dist.launcher import Launch
+from mnist_dist.distributed.launcher import Launch
+from mnist_dist.distributed.world import join
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
-from mnist_dist.sharding import Sharding
+from mnist_dist.run.clock import EpochClock
+from mnist_dist.run.console import Console, Course
+from mnist_dist.sampling import Sharding
 from mnist_dist.steps import Choice, build_step
-from mnist_dist.world import join
 
 
 @pytest.mark.parametrize(("first", "timed"), [(0, True), (6, True), (7, False)])

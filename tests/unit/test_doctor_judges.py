@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from mnist_dist.doctor.facts import Facts, gather_facts
-from mnist_dist.doctor.findings import Finding
-from mnist_dist.doctor.judge_facts import judge_devices, judge_threads, judge_versions
-from mnist_dist.doctor.judge_measurements import (
+from mnist_dist.commands.doctor.facts import Facts, gather_facts
+from mnist_dist.commands.doctor.findings import Finding
+from mnist_dist.commands.doctor.judge_facts import judge_devices, judge_threads, judge_versions
+from mnist_dist.commands.doctor.judge_measurements import (
     judge_backend,
     judge_clocks,
     judge_shared_memory,
 )
-from mnist_dist.doctor.messages import Listener, call
-from mnist_dist.doctor.wording import amount, duration, name_ranks, spans
-from mnist_dist.launcher import Launch
+from mnist_dist.commands.doctor.messages import Listener, call
+from mnist_dist.commands.doctor.wording import amount, duration, name_ranks, spans
+from mnist_dist.distributed.launcher import Launch
 
 
 @pytest.fixture(scope="module")

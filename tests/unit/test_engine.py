@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from recording_step import RecordingStep
 
 from mnist_dist.data import Split
-from mnist_dist.engine import train_epoch
+from mnist_dist.evaluation import train_epoch
 from mnist_dist.model import pixels
-from mnist_dist.sharding import Sharding
+from mnist_dist.sampling import Sharding
 
 
 @settings(deadline=None)

@@ -9,7 +9,8 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from mnist_dist import event_file, pictures
+from mnist_dist.run import event_file
+from mnist_dist.run import plots as pictures
 
 
 def read(directory: Path) -> EventAccumulator:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mnist_dist.inference import quick_logits
+from mnist_dist.fast.inference import quick_logits
 from mnist_dist.model import MLP, pixels
 
 

@@ -3,8 +3,8 @@
 import pytest
 from processes import torchrun_environment
 
+from mnist_dist.distributed.launcher import Launch, first_host, read_launch, tasks_per_node
 from mnist_dist.errors import UserError
-from mnist_dist.launcher import Launch, first_host, read_launch, tasks_per_node
 
 # What a real `srun` (22.05) sets for task 3 of 4 on two nodes, as far as it is read.
 SRUN = {

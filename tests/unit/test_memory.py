@@ -9,10 +9,10 @@ from processes import command
 PROGRAM = """
 import resource, sys
 from mnist_dist.data import load, locate
-from mnist_dist.engine import evaluate
-from mnist_dist.launcher import Launch
+from mnist_dist.evaluation import evaluate
+from mnist_dist.distributed.launcher import Launch
 from mnist_dist.model import MLP
-from mnist_dist.world import join
+from mnist_dist.distributed.world import join
 
 with join(Launch("alone"), "cpu", "auto") as world:
     model, split = MLP(), load(locate("bundled", None)).train

@@ -10,9 +10,14 @@ import time
 import pytest
 from processes import free_port
 
+from mnist_dist.distributed.network import (
+    interface_towards,
+    require_free,
+    resolve,
+    wait_until_reachable,
+)
+from mnist_dist.distributed.rendezvous import meet
 from mnist_dist.errors import MeetingError
-from mnist_dist.network import interface_towards, require_free, resolve, wait_until_reachable
-from mnist_dist.rendezvous import meet
 
 
 def test_an_address_and_localhost_resolve() -> None:
@@ -38,7 +43,7 @@ def test_a_port_is_free_until_somebody_listens() -> None:
 def test_one_notice_comes_before_the_error_when_nobody_listens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mnist_dist.network._NOTICE_S", 0.1)
+    monkeypatch.setattr("mnist_dist.distributed.network._NOTICE_S", 0.1)
     port, said = free_port(), list[str]()
     with pytest.raises(MeetingError, match=f"nobody answers at the meeting point 127.0.0.1:{port}"):
         wait_until_reachable("127.0.0.1", port, time.monotonic() + 1, said.append)
@@ -78,7 +83,14 @@ def test_the_interface_towards_another_host_has_this_hosts_address() -> None:
 
 
 def test_launch_scripts_are_told_in_one_line_what_is_wrong() -> None:
-    words = [sys.executable, "-m", "mnist_dist.network", "127.0.0.1", str(free_port()), "1"]
+    words = [
+        sys.executable,
+        "-m",
+        "mnist_dist.distributed.network",
+        "127.0.0.1",
+        str(free_port()),
+        "1",
+    ]
     done = subprocess.run(
         words, env={**os.environ, "SETUP_TIMEOUT": "0"}, capture_output=True, text=True
     )

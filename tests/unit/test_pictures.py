@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mnist_dist import pictures
-from mnist_dist.tracking import is_looked_at
+from mnist_dist.run import plots as pictures
+from mnist_dist.run.metrics import is_looked_at
 
 
 def decoded(picture: pictures.Picture) -> np.ndarray:

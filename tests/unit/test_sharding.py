@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
-from mnist_dist.sharding import Sharding, evaluation_share
+from mnist_dist.sampling import Sharding, evaluation_share
 
 sizes = st.integers(1, 300)
 batches = st.integers(1, 80)

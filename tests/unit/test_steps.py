@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from processes import command
 from torch import Tensor
 
-from mnist_dist import onednn
-from mnist_dist.by_hand import Perceptron
-from mnist_dist.captured import fault
+from mnist_dist.fast import onednn
+from mnist_dist.fast.captured import fault
+from mnist_dist.fast.manual_backward import Perceptron
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from mnist_dist.threads import (
+from mnist_dist.distributed.threads import (
     QuickestThreads,
     cpus_allowed,
     ranks_outnumber_cpus,

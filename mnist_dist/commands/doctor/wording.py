@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from mnist_dist.doctor.facts import Facts
+from mnist_dist.commands.doctor.facts import Facts
 
 Everybody = Mapping[int, Facts]
 """The ranks that are known, by rank."""

@@ -162,7 +162,7 @@ def _lock(path: Path) -> FileLock:
 def code_digest() -> str:
     """SHA-256 (hex) of this package's sources: equal on hosts that run the same code."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

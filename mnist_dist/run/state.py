@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mnist_dist.distributed.world import World, as_bytes, as_numbers
 from mnist_dist.errors import UserError
 from mnist_dist.model import difference
-from mnist_dist.world import World, as_bytes, as_numbers
 
 FORMAT = 1
 _DIGEST = 32  # bytes of a SHA-256

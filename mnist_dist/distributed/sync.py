@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mnist_dist.world import World, as_bytes, as_numbers
+from mnist_dist.distributed.world import World, as_bytes, as_numbers
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 # Slurm sends to every process, torchrun passes its own copy on: copies this close are one request.

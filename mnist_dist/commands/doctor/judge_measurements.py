@@ -4,8 +4,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from mnist_dist.doctor.findings import Finding, Level
-from mnist_dist.doctor.wording import Everybody, amount, by_host, counted, duration, name_ranks
+from mnist_dist.commands.doctor.findings import Finding, Level
+from mnist_dist.commands.doctor.wording import (
+    Everybody,
+    amount,
+    by_host,
+    counted,
+    duration,
+    name_ranks,
+)
 
 Words = Sequence[Any]
 """What each rank saw, in rank order."""

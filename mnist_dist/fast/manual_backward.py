@@ -9,7 +9,7 @@ however many threads there are.
 import torch
 from torch import Tensor, nn
 
-from mnist_dist import onednn
+from mnist_dist.fast import onednn
 
 _aten = torch.ops.aten
 _SUM = 2  # aten's number for reduction="sum"

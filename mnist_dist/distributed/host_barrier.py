@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable
 from typing import TypeVar
 
-from mnist_dist.world import World
+from mnist_dist.distributed.world import World
 
 T = TypeVar("T")
 # Ranks in step come within so many; who is waited for longer is slept for.

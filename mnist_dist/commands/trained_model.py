@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mnist_dist.checkpoint import load_checkpoint
 from mnist_dist.errors import UserError
 from mnist_dist.model import build_model, difference
+from mnist_dist.run.checkpoint import load_checkpoint
 
 _REMEDY = "name a run's directory or a checkpoint of this project"
 

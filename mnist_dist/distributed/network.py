@@ -1,7 +1,7 @@
 """How this host reaches the meeting point: its name, its port, and the interface towards it.
 
-`python -m mnist_dist.network HOST PORT NODE_RANK` checks and waits, then prints the interface and
-the address of this host that lead there, for launch scripts. Imports nothing that takes long.
+`python -m mnist_dist.distributed.network HOST PORT NODE_RANK` checks and waits, then prints the
+interface and the address of this host that lead there, for launch scripts. Imports nothing slow.
 """
 
 import fcntl

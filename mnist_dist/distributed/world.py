@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
+from mnist_dist.distributed.failures import Board, LostContactError, brief, describe, lost_contact
+from mnist_dist.distributed.launcher import Launch
+from mnist_dist.distributed.memory import keep_freed_memory
+from mnist_dist.distributed.network import interface_towards
+from mnist_dist.distributed.rendezvous import meet
+from mnist_dist.distributed.threads import let_gloo_give_way, threads_for_one, work_in_long_turns
 from mnist_dist.errors import MeetingError, ReportedError, UserError
-from mnist_dist.failures import Board, LostContactError, brief, describe, lost_contact
-from mnist_dist.launcher import Launch
-from mnist_dist.memory import keep_freed_memory
-from mnist_dist.network import interface_towards
-from mnist_dist.rendezvous import meet
-from mnist_dist.threads import let_gloo_give_way, threads_for_one, work_in_long_turns
 
 T = TypeVar("T")
 

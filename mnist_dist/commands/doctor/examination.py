@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 # Before torch, whose import takes seconds: it notes the parent that we are to end with.
-from mnist_dist.launcher import Launch, leave_with_launcher, read_launch  # isort: skip
+from mnist_dist.distributed.launcher import Launch, leave_with_launcher, read_launch  # isort: skip
 
 # What is wrong is said here in one line; torch's libraries would add forty to it.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -27,11 +27,11 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch
 from torch.distributed import HashStore, Store
 
-from mnist_dist.doctor import disk, sums
-from mnist_dist.doctor.facts import Facts, gather_facts
-from mnist_dist.doctor.findings import Finding, Report
-from mnist_dist.doctor.judge_facts import judge_facts
-from mnist_dist.doctor.judge_measurements import (
+from mnist_dist.commands.doctor import disk, sums
+from mnist_dist.commands.doctor.facts import Facts, gather_facts
+from mnist_dist.commands.doctor.findings import Finding, Report
+from mnist_dist.commands.doctor.judge_facts import judge_facts
+from mnist_dist.commands.doctor.judge_measurements import (
     judge_backend,
     judge_clocks,
     judge_disks,
@@ -39,14 +39,14 @@ from mnist_dist.doctor.judge_measurements import (
     judge_shared_memory,
     judge_sharing,
 )
-from mnist_dist.doctor.messages import Listener, call_all
-from mnist_dist.doctor.table import Table
-from mnist_dist.doctor.wording import by_host, counted, introduce, name_ranks
+from mnist_dist.commands.doctor.messages import Listener, call_all
+from mnist_dist.commands.doctor.table import Table
+from mnist_dist.commands.doctor.wording import by_host, counted, introduce, name_ranks
+from mnist_dist.distributed.failures import brief, lost_contact
+from mnist_dist.distributed.rendezvous import meet
+from mnist_dist.distributed.world import World, exit_with_error, form_group, leave
 from mnist_dist.errors import MeetingError, ReportedError, UserError
-from mnist_dist.failures import brief, lost_contact
 from mnist_dist.flags import parse_flags
-from mnist_dist.rendezvous import meet
-from mnist_dist.world import World, exit_with_error, form_group, leave
 
 # Parts of --timeout: for the ranks to meet, and for each of the later checks.
 _TO_MEET, _EACH = 0.6, 0.2

@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.checkpoint import CheckpointStore
-from mnist_dist.console import Console
+from mnist_dist.distributed.failures import LostContactError
 from mnist_dist.errors import JobError, ReportedError
-from mnist_dist.failures import LostContactError
-from mnist_dist.run_directory import RunDirectory, Status, environment_facts
-from mnist_dist.state import TrainState
-from mnist_dist.tracking import Look, Tracker
+from mnist_dist.run.checkpoint import CheckpointStore
+from mnist_dist.run.console import Console
+from mnist_dist.run.directory import RunDirectory, Status, environment_facts
+from mnist_dist.run.metrics import Look, Tracker
+from mnist_dist.run.state import TrainState
 
 
 class Record:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import NoReturn
 
 # Before torch, whose import takes seconds: it notes the parent that we are to end with.
-from mnist_dist.launcher import Launch, leave_with_launcher, read_launch  # isort: skip
+from mnist_dist.distributed.launcher import Launch, leave_with_launcher, read_launch  # isort: skip
 
 from torch.distributed.elastic.multiprocessing import errors as elastic_errors
 
+from mnist_dist.distributed.failures import LostContactError
+from mnist_dist.distributed.world import exit_with_error, leave
 from mnist_dist.errors import ReportedError
-from mnist_dist.failures import LostContactError
-from mnist_dist.world import exit_with_error, leave
 
 
 def attempt(work: Callable[[Launch], None]) -> int:

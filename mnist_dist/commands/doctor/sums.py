@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mnist_dist.failures import brief
+from mnist_dist.distributed.failures import brief
+from mnist_dist.distributed.shared_memory import HostSum
+from mnist_dist.distributed.world import World
 from mnist_dist.model import build_model
-from mnist_dist.shared_memory import HostSum
-from mnist_dist.world import World
 
 _SECONDS_A_SIZE = 0.2
 _MOST_CALLS = 30

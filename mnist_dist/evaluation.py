@@ -11,11 +11,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_dist.augmentation import random_shifts, shifted
 from mnist_dist.data import Split
-from mnist_dist.inference import quick_logits
+from mnist_dist.distributed.world import World
+from mnist_dist.fast.inference import quick_logits
 from mnist_dist.model import pixels
-from mnist_dist.sharding import Sharding, evaluation_share
+from mnist_dist.sampling import Sharding, evaluation_share
 from mnist_dist.steps import Step
-from mnist_dist.world import World
 
 _EVALUATION_BATCH = 1000
 _ROWS_TOGETHER = 256

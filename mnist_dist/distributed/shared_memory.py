@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mnist_dist.host_barrier import HostBarrier, all_or_none
-from mnist_dist.threads import ranks_outnumber_cpus
-from mnist_dist.world import World
+from mnist_dist.distributed.host_barrier import HostBarrier, all_or_none
+from mnist_dist.distributed.threads import ranks_outnumber_cpus
+from mnist_dist.distributed.world import World
 
 _Views = tuple[list[Tensor], list[Tensor], Tensor, Tensor]
 

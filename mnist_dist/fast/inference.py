@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mnist_dist import onednn
+from mnist_dist.fast import onednn
 from mnist_dist.model import MLP, pixels
 
 

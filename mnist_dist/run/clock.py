@@ -2,7 +2,7 @@
 
 import time
 
-from mnist_dist.sharding import Sharding
+from mnist_dist.sampling import Sharding
 from mnist_dist.steps import Step
 
 

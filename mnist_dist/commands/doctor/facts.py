@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import torch
 
+from mnist_dist.distributed.launcher import Launch
+from mnist_dist.distributed.network import interface_towards, interfaces
+from mnist_dist.distributed.threads import cpus_allowed
+from mnist_dist.distributed.world import choose_threads, pick_backend, pick_device
 from mnist_dist.errors import UserError
-from mnist_dist.launcher import Launch
-from mnist_dist.network import interface_towards, interfaces
-from mnist_dist.run_directory import code_digest, environment_facts
-from mnist_dist.threads import cpus_allowed
-from mnist_dist.world import choose_threads, pick_backend, pick_device
+from mnist_dist.run.directory import code_digest, environment_facts
 
 _SETTINGS = ("GLOO_", "NCCL_", "TORCH_NCCL_", "OMP_", "MKL_NUM", "CUDA_VISIBLE", "TP_")
 

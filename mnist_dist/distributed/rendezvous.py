@@ -15,8 +15,8 @@ from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from mnist_dist.distributed.network import require_free, wait_until_reachable
 from mnist_dist.errors import MeetingError
-from mnist_dist.network import require_free, wait_until_reachable
 
 _CURRENT = "mnist-dist/generation"
 _POLL_S = 0.02

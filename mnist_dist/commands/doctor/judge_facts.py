@@ -3,8 +3,8 @@
 from collections import defaultdict
 from collections.abc import Mapping
 
-from mnist_dist.doctor.findings import Finding, Level
-from mnist_dist.doctor.wording import Everybody, by_host, counted, name_ranks, spans
+from mnist_dist.commands.doctor.findings import Finding, Level
+from mnist_dist.commands.doctor.wording import Everybody, by_host, counted, name_ranks, spans
 
 _VERSIONS = ("mnist_dist", "torch", "cuda", "python", "numpy")
 # Unequal ones may change numbers or the way ranks talk.

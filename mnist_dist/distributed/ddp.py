@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mnist_dist.distributed.shared_memory import HostSum
+from mnist_dist.distributed.world import World
 from mnist_dist.errors import UserError
-from mnist_dist.shared_memory import HostSum
-from mnist_dist.world import World
 
 Compression = Literal["none", "bf16", "powersgd"]
 

@@ -74,7 +74,7 @@ class Tracker:
             settings: by which TensorBoard's table of runs is to tell this one from others.
         """
         # Imported here: only rank 0 needs it.
-        from mnist_dist import event_file
+        from mnist_dist.run import event_file
 
         self.records = _keep_until(self._path, step)
         self._recorded = {_key(record["step"], record) for record in self.records}
@@ -103,7 +103,7 @@ class Tracker:
         # The test figures, recorded after the last checkpoint, come again if we died after them.
         if self._events is None or _key(step, figures) in self._recorded:
             return
-        from mnist_dist import event_file
+        from mnist_dist.run import event_file
 
         now = time.time()
         line = {"epoch": epoch, "step": step, "time": now, **figures, **(details or {})}
@@ -117,7 +117,7 @@ class Tracker:
         """Say that the run is complete, with more tables for TensorBoard, and close."""
         if self._events is None:
             return
-        from mnist_dist import event_file
+        from mnist_dist.run import event_file
 
         tables = [event_file.table(title, cells) for title, cells in texts.items()]
         self._events.add(step, [*tables, event_file.hparams_end()])
@@ -126,7 +126,8 @@ class Tracker:
 
 def _drawn(look: Look) -> list[Any]:
     """Pictures and histograms as TensorBoard's values."""
-    from mnist_dist import event_file, pictures
+    from mnist_dist.run import event_file
+    from mnist_dist.run import plots as pictures
 
     drawn = {f"{look.split}/confusion": pictures.confusion_matrix(look.confusion)}
     if look.mistakes:

@@ -1,0 +1,1 @@
+"""What a run keeps and shows: its state, checkpoints, directory, metrics and progress."""
