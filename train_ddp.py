@@ -1,150 +1,152 @@
 """Train the MNIST classifier with DistributedDataParallel on any number of processes.
 
 python train_ddp.py                            one process, no process group
-torchrun --nproc_per_node=4 train_ddp.py       four on this host
-srun python train_ddp.py                       one per Slurm task
+torchrun --nproc_per_node=4 train_ddp.py       four processes on this machine
+srun python train_ddp.py                       one process per Slurm task
+
+Every rank runs all of this file; only rank 0 prints and writes files.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-# Before torch, whose import takes seconds: it notes the parent that we are to end with.
+# Before torch, whose import takes seconds: it notes the parent process that ranks exit with.
 from mnist_dist.distributed.launcher import Launch  # isort: skip
 
 import torch
-from torch.optim.lr_scheduler import OneCycleLR
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
 
+from mnist_dist import job as jobs
 from mnist_dist.config import TrainConfig, parse_config
-from mnist_dist.data import Dataset
-from mnist_dist.distributed import process
-from mnist_dist.evaluation import evaluate, train_epoch
-from mnist_dist.job import Job, Meetings, begin, look_at, opened, report, resume, save
+from mnist_dist.distributed.process import run_process, run_rank
+from mnist_dist.distributed.sync import RankSync
+from mnist_dist.evaluation import evaluate
+from mnist_dist.job import Job
 from mnist_dist.model import build_model
-from mnist_dist.optimizer import FlatSGD
-from mnist_dist.run.clock import EpochClock
-from mnist_dist.run.console import Course, Progress
-from mnist_dist.run.metrics import Look, is_looked_at
-from mnist_dist.run.profiling import profiled
+from mnist_dist.optimizer import build_optimizer
+from mnist_dist.run.console import EpochTimer, Progress
+from mnist_dist.run.metrics import EpochPlots, should_log_plots
 from mnist_dist.run.state import TrainState
-from mnist_dist.sampling import Sharding
-from mnist_dist.steps import Choice, build_step
-
-_DRAWN_MISTAKES = 24
+from mnist_dist.sampling import global_batches
 
 
 def train(config: TrainConfig, launch: Launch) -> None:
-    """The whole job, in order. Every rank runs all of it; rank 0 alone writes and speaks."""
-    with opened(config, launch, build_state) as job:
-        if resume(job):
-            job.console.say(f"{job.record}: already complete; --epochs N goes on to N epochs")
+    """Run the whole job: set up, train and validate, test."""
+    with jobs.open_job(config, launch) as job:
+        torch.manual_seed(config.seed)  # the same initial weights on every rank
+        model = build_model().to(job.world.device)
+        optimizer, scheduler = build_optimizer(
+            model, config.lr, config.momentum, config.weight_decay, config.schedule, job.total_steps
+        )
+        state = TrainState(model, optimizer, scheduler, job.hyperparameters)
+        if jobs.resume(job, state):
+            job.console.print(f"{job.run}: already complete; --epochs N trains up to N epochs")
             return
-        meetings = Meetings(job)  # a stop asked for from here on is saved
-        begin(job)
-        fit(job, meetings)
-        test(job)
+        sync = RankSync(job.world, job.save_every_seconds)  # catches signals from here on
+        jobs.start_run(job, state)
+        fit(job, state, sync)
+        test(job, state)
 
 
-def build_state(
-    config: TrainConfig, dataset: Dataset, sharding: Sharding, device: torch.device
-) -> TrainState:
-    """Model, optimizer and schedule at step 0."""
-    torch.manual_seed(config.seed)
-    model = build_model().to(device)
-    optimizer = FlatSGD(model, config.lr, config.momentum, config.weight_decay)
-    scheduler = None
-    if config.schedule == "onecycle":
-        steps = config.epochs * sharding.steps_per_epoch
-        scheduler = OneCycleLR(optimizer, config.lr, steps, cycle_momentum=False)
-    identity = config.maths() | {"data": dataset.fingerprint}
-    return TrainState(model, optimizer, scheduler, identity)
-
-
-def fit(job: Job, meetings: Meetings) -> None:
+def fit(job: Job, state: TrainState, sync: RankSync) -> None:
     """Train and validate epoch by epoch, from where the state stands."""
-    config, world, state, sharding = job.config, job.world, job.state, job.sharding
-    choice = Choice(
-        autograd=config.backward == "autograd",
-        share_memory=config.shared_memory == "auto",
-        compression=config.grad_compression,
-        compile=config.compile,
-        cuda_graphs=config.cuda_graphs == "auto",
-        precision=config.precision,
-        timeout=config.step_timeout,
+    config, world, split, sharding = job.config, job.world, job.dataset.train, job.sharding
+    model, applied = jobs.prepare_model(job, state.model)  # --compile, --precision
+    if world.world_size > 1 and config.step == "ddp":
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    step, all_reduce_seconds = jobs.build_step(job, state, model, applied, train_step)
+    sampler: DistributedSampler[Tensor] = DistributedSampler(
+        split, world.world_size, world.rank, seed=config.seed
     )
-    step = build_step(state.model, state.optimizer, world, choice)
-    job.console.fact("step", step.way)
-    course = Course(
-        config.epochs, sharding.steps_per_epoch, sharding.samples, world.world_size, state.step
-    )
-    with job.console.progress(course) as progress:
+    with job.console.progress(job.run_length(state.step)) as progress:
         while state.epoch < config.epochs:
-            epoch, first = state.epoch, state.batch
-            clock = EpochClock(step, sharding, first)
-            steps = train_epoch(
-                step,
-                state.scheduler,
-                job.dataset.train,
-                sharding,
-                epoch,
-                first,
-                config.random_shift,
-            )
-            if config.profile and epoch == 0 and world.is_main:
-                steps = profiled(steps, job.record.directory.path / "profile")
-            for loss_sum in steps:
-                state.count_step(loss_sum)
-                progress.step(state.step, loss_sum)
-                meetings.after_step()
-            trained = {"train/loss": meetings.end_epoch(), **clock.figures()}
-            finish_epoch(job, trained, progress)
+            sampler.set_epoch(state.epoch)  # a new permutation, the same on every rank
+            timer = EpochTimer(sharding, state.batch, all_reduce_seconds)
+            for images, labels, batch_size in global_batches(
+                split, sampler, sharding, state.batch, config.random_shift
+            ):
+                loss = step(model, state.optimizer, images, labels, world.world_size / batch_size)
+                if state.scheduler is not None:
+                    state.scheduler.step()
+                state.count_step(loss)
+                progress.step(state.step, loss)
+                jobs.sync_step(job, state, sync)  # now and then: stop, save, not a number
+            train_loss = jobs.sync_epoch(job, state, sync)
+            finish_epoch(job, state, {"train/loss": train_loss, **timer.metrics(model)}, progress)
 
 
-def finish_epoch(job: Job, trained: dict[str, float], progress: Progress) -> None:
-    """Validate, record, say and save an epoch whose training gave the figures `trained`."""
-    config, state = job.config, job.state
-    drawn = config.tensorboard == "full" and is_looked_at(state.epoch + 1, config.epochs)
-    validation = evaluate(
-        state.model, job.dataset.validation, job.world, _DRAWN_MISTAKES if drawn else 0
-    )
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, scale: float
+) -> Tensor:
+    """Take one optimizer step on this rank's part of a global batch; return its summed loss.
+
+    DDP averages gradients over the ranks. With `scale` = world size / samples in the global batch,
+    the average of the scaled sums is the gradient of the mean loss over the global batch, however
+    unequal the parts are; a rank whose part is empty contributes zeros.
+    """
+    loss = F.cross_entropy(model(images), labels, reduction="sum")
+    optimizer.zero_grad()
+    loss.backward(gradient=loss.new_full((), scale))  # (scale * loss).backward(), a kernel less
+    optimizer.step()
+    return loss.detach()
+
+
+def finish_epoch(
+    job: Job, state: TrainState, metrics: dict[str, float], progress: Progress
+) -> None:
+    """Validate on all ranks; log the metrics and save a checkpoint on rank 0."""
+    config, world = job.config, job.world
+    with_plots = config.tensorboard == "full" and should_log_plots(state.epoch + 1, config.epochs)
+    validation = evaluate(state.model, job.dataset.validation, world, 24 if with_plots else 0)
     improved = state.finish_epoch(validation.loss)
-    figures = {
-        **trained,
-        "val/loss": validation.loss,
-        "val/accuracy": validation.accuracy,
-        "lr": state.optimizer.param_groups[0]["lr"],
-    }
-    # Recorded before it is saved: dying in between repeats the epoch and cuts its record off.
-    if job.world.is_main:
-        job.record.figures(state, figures, look=look_at(job, validation) if drawn else None)
-    progress.epoch(state.epoch, state.step, figures, improved)
-    due = state.epoch % config.checkpoint_every_epochs == 0 or state.epoch == config.epochs
-    save(job, figures, best=improved, newest=due)
+    metrics |= {"val/loss": validation.loss, "val/accuracy": validation.accuracy}
+    metrics |= {"lr": state.optimizer.param_groups[0]["lr"]}
+    # Logged before it is saved: a kill in between repeats the epoch and drops its record.
+    log(job, state, metrics, jobs.build_plots(job, state, validation) if with_plots else None)
+    jobs.save_checkpoint(job, state, metrics, best=improved, newest=job.is_save_due(state.epoch))
+    progress.epoch(state.epoch, state.step, metrics, improved)
 
 
-def test(job: Job) -> None:
-    """Evaluate the weights of best.pt on the test split, which nothing else looks at."""
-    state, world, record = job.state, job.world, job.record
-    world.on_main(record.flush)
-    state.model.load_state_dict(world.on_main(record.store.load_best)["model"])
-    result = evaluate(state.model, job.dataset.test, world)
-    figures = {"test/loss": result.loss, "test/accuracy": result.accuracy}
-    look = Look("test", result.confusion) if job.config.tensorboard == "full" else None
-    if world.is_main:
-        details = {"test/accuracy_by_digit": result.accuracy_by_class}
-        record.figures(state, figures, details, look)
-    report(job, result)
+def test(job: Job, state: TrainState) -> None:
+    """Evaluate the weights of best.pt once on the test split, which is used for nothing else."""
+    state.model.load_state_dict(job.world.on_main(job.run.load_best)["model"])
+    result = evaluate(state.model, job.dataset.test, job.world)
+    metrics = {"test/loss": result.loss, "test/accuracy": result.accuracy}
+    plots = EpochPlots("test", result.confusion) if job.config.tensorboard == "full" else None
+    log(job, state, metrics, plots, {"test/accuracy_by_digit": result.accuracy_by_class})
+    jobs.print_summary(job, state, result)
+
+
+def log(
+    job: Job,
+    state: TrainState,
+    metrics: Mapping[str, float],
+    plots: EpochPlots | None,
+    details: Mapping[str, Sequence[float]] | None = None,
+) -> None:
+    """Write one record to TensorBoard and metrics.jsonl, on rank 0."""
+    if not job.world.is_main_process:
+        return
+    for tag, value in metrics.items():
+        job.run.writer.add_scalar(tag, value, state.step)
+    if plots is not None:
+        job.run.writer.add_plots(plots, state.step)
+    job.run.writer.commit(state.epoch, state.step, details)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job; returns the process's exit code."""
-    words = sys.argv[1:] if argv is None else argv
-    return process.attempt(lambda launch: train(parse_config(words), launch))
+    """Run the job; returns this process's exit code."""
+    flags = sys.argv[1:] if argv is None else argv
+    return run_rank(lambda launch: train(parse_config(flags), launch))
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
-    """`main` as a process of its own."""
-    process.run(lambda: main(argv))
+    """Run `main` as a process of its own."""
+    run_process(lambda: main(argv))
 
 
 if __name__ == "__main__":

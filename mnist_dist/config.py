@@ -99,10 +99,8 @@ class TrainConfig:
     """How CPU processes of one host add up their gradients. auto: in memory they share, where they
     can. off: by the backend, as between hosts."""
 
-    backward: Literal["auto", "autograd"] = "auto"
-    """How gradients are computed. auto: by the perceptron's own formulas, on CPUs to the bits
-    that autograd has on one thread, in less time. autograd: always by autograd and
-    DistributedDataParallel."""
+    step: Literal["ddp", "manual"] = "ddp"
+    """Training step."""
 
     cuda_graphs: Literal["auto", "off"] = "auto"
     """Launch the kernels of a step's gradients on a GPU as one. auto: with --backward auto, if a
@@ -164,7 +162,7 @@ class TrainConfig:
         alike = {name: value for name, value in self.to_json().items() if name != "cache_dir"}
         return {f"--{name.replace('_', '-')}": value for name, value in alike.items()}
 
-    def maths(self) -> dict[str, Any]:
+    def hyperparameters(self) -> dict[str, Any]:
         """The settings that decide every number of a run: a resume must have the same.
 
         More epochs only extend a constant schedule, but stretch one that depends on the length.
@@ -174,9 +172,11 @@ class TrainConfig:
         names += ["epochs"] if self.schedule != "constant" else []
         return {name: getattr(self, name) for name in names}
 
-    def compared(self) -> dict[str, Any]:
+    def hparams(self) -> dict[str, Any]:
         """The settings by which a table of runs tells one from another."""
-        return self.maths() | {name: getattr(self, name) for name in ("epochs", "recipe", "data")}
+        return self.hyperparameters() | {
+            name: getattr(self, name) for name in ("epochs", "recipe", "data")
+        }
 
 
 def parse_config(argv: Sequence[str]) -> TrainConfig:

@@ -10,8 +10,8 @@ class ReportedError(Exception):
     kind: ClassVar[str] = "error"
     status: ClassVar[Literal["failed", "preempted"]] = "failed"
 
-    def of_its_kind(self, text: str) -> "ReportedError":
-        """A UserError, JobError or Preempted, as this is, that says `text`."""
+    def with_message(self, text: str) -> "ReportedError":
+        """Return a UserError, JobError or Preempted, as this is, with another text."""
         kinds: tuple[type[ReportedError], ...] = (UserError, JobError, Preempted)
         return next(kind for kind in kinds if isinstance(self, kind))(text)
 

@@ -1,119 +1,171 @@
-"""One process's part in a run: what it holds, how it begins and ends, what all ranks do together.
+"""One process's part in a run: what it holds, how a run starts, what all ranks decide together.
 
-`train_ddp.py` is the order in which these are called.
+train_ddp.py is the order in which these functions are called.
 """
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import Dataset, load, locate
-from mnist_dist.distributed.ddp import require_compression
+from mnist_dist.distributed.ddp import (
+    Bfloat16,
+    check_compression,
+    compile_or_explain,
+    register_comm_hook,
+)
+from mnist_dist.distributed.devices import set_precision, set_threads
 from mnist_dist.distributed.failures import LostContactError
 from mnist_dist.distributed.launcher import Launch
-from mnist_dist.distributed.sync import Agreement, StopRequest, Verdict
-from mnist_dist.distributed.world import World, join
+from mnist_dist.distributed.sync import RankSync, SyncResult
+from mnist_dist.distributed.world import World, init_distributed
 from mnist_dist.errors import JobError, Preempted, UserError
 from mnist_dist.evaluation import Evaluation
-from mnist_dist.model import describe
-from mnist_dist.run import summary
-from mnist_dist.run.console import Console
-from mnist_dist.run.directory import code_digest, find_run_directory
-from mnist_dist.run.metrics import Look
-from mnist_dist.run.record import Record
+from mnist_dist.model import build_model, describe
+from mnist_dist.run.console import (
+    Console,
+    RunLength,
+    next_commands,
+    summary_fields,
+    tensorboard_command,
+)
+from mnist_dist.run.directory import RunDirectory, find_run_directory
+from mnist_dist.run.environment import code_digest
+from mnist_dist.run.metrics import EpochPlots
+from mnist_dist.run.profiling import profile_steps
 from mnist_dist.run.state import TrainState
 from mnist_dist.sampling import Sharding
-from mnist_dist.steps import use_precision
+
+TrainStep = Callable[[nn.Module, torch.optim.Optimizer, Tensor, Tensor, float], Tensor]
+"""(model, optimizer, images, labels, scale) to this rank's summed loss."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process holds while it trains."""
+    """What one process holds while it trains, besides the state."""
 
     config: TrainConfig
     world: World
     console: Console
     dataset: Dataset
     sharding: Sharding
-    state: TrainState
-    record: Record
+    run: RunDirectory
 
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.epochs * self.sharding.steps_per_epoch
 
-Build = Callable[[TrainConfig, Dataset, Sharding, torch.device], TrainState]
-"""Model, optimizer and schedule at step 0."""
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """What every number of the run depends on: a resume must have the same."""
+        return self.config.hyperparameters() | {"data": self.dataset.fingerprint}
+
+    @property
+    def save_every_seconds(self) -> float | None:
+        """Interval of checkpoints by the clock."""
+        minutes = self.config.checkpoint_every_minutes
+        return minutes * 60 if minutes else None
+
+    def is_save_due(self, epoch: int) -> bool:
+        """Return whether the run gets a checkpoint after `epoch` epochs."""
+        return epoch % self.config.checkpoint_every_epochs == 0 or epoch == self.config.epochs
+
+    def run_length(self, step: int) -> RunLength:
+        """Return how long the run is, `step` steps of which were taken by earlier starts."""
+        sharding, epochs = self.sharding, self.config.epochs
+        return RunLength(
+            epochs, sharding.steps_per_epoch, sharding.samples, sharding.world_size, step
+        )
 
 
 @contextlib.contextmanager
-def opened(config: TrainConfig, launch: Launch, build_state: Build) -> Iterator[Job]:
-    """Join the other ranks for the length of a job; if it ends early, the record says why."""
+def open_job(config: TrainConfig, launch: Launch) -> Iterator[Job]:
+    """Set up this rank for a job, and leave the job at the end; an early end is recorded."""
     job = None
     try:
-        with join(launch, config.device, config.backend, config.setup_timeout) as world:
-            job = _set_up(config, world, build_state)
+        with init_distributed(launch, config.device, config.backend, config.setup_timeout) as world:
+            job = _set_up(config, world)
             yield job
     except BaseException as error:
         if job is None:
             raise
+        step = job.run.state.step if job.run.state else 0
         if isinstance(error, LostContactError):
-            error = LostContactError(f"{error}; this was at step {job.state.step + 1}")
-        if job.world.is_main:
-            job.record.end(job.state, error)
+            error = LostContactError(f"{error}; this was at step {step + 1}")
+        if job.world.is_main_process:
+            job.run.end(error)
         raise error
 
 
-def _set_up(config: TrainConfig, world: World, build_state: Build) -> Job:
-    """Data, model and the name of the run's record; nothing is written."""
-    require_compression(config.grad_compression, world.backend)
-    use_precision(config.precision, world.device)
-    console = Console(speaks=world.is_main)
+def _set_up(config: TrainConfig, world: World) -> Job:
+    """Load the data and name the run's directory; nothing is written."""
+    if config.step == "manual":
+        from mnist_dist.fast import check_manual_step
+
+        check_manual_step(build_model(), world.device, _unsupported_flags(config))
+    check_compression(config.grad_compression, world.backend)
+    set_precision(config.precision, world.device)
+    set_threads(world.launch, -(-config.global_batch_size // world.world_size))
+    console = Console(enabled=world.is_main_process)
     dataset = _load_data(config, world, console)
-    sharding = Sharding(
-        len(dataset.train), config.global_batch_size, world.rank, world.world_size, config.seed
-    )
-    state = build_state(config, dataset, sharding, world.device)
+    sharding = Sharding(len(dataset.train), config.global_batch_size, world.rank, world.world_size)
     path = world.once_per_host(lambda: find_run_directory(config.run_dir, world.launch.job_id))
-    record = Record(path, config.keep_checkpoints, console)
-    return Job(config, world, console, dataset, sharding, state, record)
+    run = RunDirectory(path, config.keep_checkpoints, console.warn)
+    return Job(config, world, console, dataset, sharding, run)
+
+
+def _unsupported_flags(config: TrainConfig) -> list[str]:
+    """Return the flags given that --step manual does not support."""
+    given = {
+        "--compile": config.compile,
+        f"--precision {config.precision}": config.precision != "fp32",
+        f"--grad-compression {config.grad_compression}": config.grad_compression != "none",
+    }
+    return [flag for flag, is_given in given.items() if is_given]
 
 
 def _load_data(config: TrainConfig, world: World, console: Console) -> Dataset:
-    """The three splits on this rank's device; found, and converted if need be, once per host."""
+    """Load the three splits onto this rank's device; files are converted once per host."""
     located = world.once_per_host(lambda: locate(config.data, config.cache_dir))
     for warning in located.warnings:
         console.warn(warning)
-    dataset = world.agree(lambda: load(located))
+    dataset = world.run_on_all(lambda: load(located))
     if (samples := config.train_samples) is not None:
-        dataset = world.agree(lambda: dataset.first_training_samples(samples))
-    world.require_same(
+        dataset = world.run_on_all(lambda: dataset.first_training_samples(samples))
+    world.check_equal(
         config.to_flags() | {"the code": code_digest(), "the data": dataset.fingerprint},
         "give every process the same flags, code and data",
     )
     return dataset.to(world.device)
 
 
-def resume(job: Job) -> bool:
-    """Open the run and continue from its newest checkpoint, if any; True if nothing is left.
+def resume(job: Job, state: TrainState) -> bool:
+    """Open the run directory and load its newest checkpoint, if any, into `state`.
 
-    Hosts need not share a disk: the one with the newest checkpoint gives it to all.
+    Nodes need not share a disk: the one with the newest checkpoint sends it to all.
+
+    Returns:
+        Whether the run is complete already.
     """
-    config, world, state, record = job.config, job.world, job.state, job.record
+    config, world, run = job.config, job.world, job.run
 
     def find() -> tuple[dict[str, Any] | None, list[str]]:
-        if world.is_main:
-            record.open()
-        first_on_host = world.launch.local_rank == 0
-        return record.store.load_latest(world.is_main) if first_on_host else (None, [])
+        if world.is_main_process:
+            run.open()
+        first_on_node = world.launch.local_rank == 0
+        return run.checkpoints.load_latest(world.is_main_process) if first_on_node else (None, [])
 
-    saved, damaged = world.agree(find)
-    status, had_checkpoint = world.on_main(
-        lambda: (record.directory.status, record.directory.had_checkpoint)
-    )
+    saved, damaged = world.run_on_all(find)
+    status, had_checkpoint = world.on_main(lambda: (run.status, run.had_checkpoint))
     for line in damaged:
         job.console.warn(f"{line}; using an older checkpoint")
     steps = world.gather(-1 if saved is None else int(saved["step"]))
@@ -121,154 +173,197 @@ def resume(job: Job) -> bool:
         state.load_state_dict(world.broadcast(saved or {}, steps.index(max(steps))), world)
     elif had_checkpoint:
         raise UserError(
-            f"--run-dir {record}: a run is there, but its checkpoints are gone; bring them back, "
+            f"--run-dir {run}: a run is there, but its checkpoints are gone; bring them back, "
             "or give another --run-dir"
         )
     if state.epoch > config.epochs:
         raise UserError(
-            f"--epochs {config.epochs}: the run in {record} has {state.epoch} behind it; "
+            f"--epochs {config.epochs}: the run in {run} has completed {state.epoch} already; "
             "give that many or more, or another --run-dir"
         )
-    if state.best_epoch and not world.on_main(record.store.has_best):
-        job.console.warn(
-            f"best.pt in {record} is gone or damaged: the best epoch from here is kept"
-        )
+    if state.best_epoch and not world.on_main(run.checkpoints.has_best):
+        job.console.warn(f"best.pt in {run} is missing or damaged: the best epoch from here counts")
         state.best_loss = float("inf")
     return status == "completed" and state.epoch == config.epochs
 
 
-def begin(job: Job) -> None:
-    """Compare the ranks' weights, say and write down what runs where with what."""
-    config, world, state = job.config, job.world, job.state
-    world.require_same({"the weights": state.weights_digest()}, "this is a bug, or bad memory")
+def start_run(job: Job, state: TrainState) -> None:
+    """Check that the ranks' weights agree, then record and print what runs where."""
+    config, world, console = job.config, job.world, job.console
+    world.check_equal({"the weights": state.weights_digest()}, "this is a bug, or bad memory")
     data = {"data": job.dataset.description, "data_fingerprint": job.dataset.fingerprint}
     facts = world.facts() | data
-    compared = config.compared() | {"world_size": world.world_size}
-    world.on_main(lambda: job.record.begin(state, config.to_json(), facts, compared))
+    hparams = config.hparams() | {"world_size": world.world_size}
+    world.on_main(lambda: job.run.start(state, config.to_json(), facts, hparams))
     hosts = f" on {len(facts['hosts'])} hosts" if len(facts["hosts"]) > 1 else ""
-    fact = job.console.fact
-    fact("world", f"{world.description()}{hosts}, torch {torch.__version__}")
-    fact("data", job.dataset.description)
-    fact("model", describe(state.model))
-    fact(
-        "train",
-        f"{_counted(config.epochs, 'epoch')} of "
-        f"{_counted(job.sharding.steps_per_epoch, 'step')}, global batch "
-        f"{config.global_batch_size}, SGD lr {config.lr:g} {config.schedule}, "
-        f"momentum {config.momentum:g}, weight decay {config.weight_decay:g}"
-        f"{f', shifts up to {config.random_shift} px' if config.random_shift else ''}",
+    threads = _counted(torch.get_num_threads(), "thread")
+    each = " each" if world.world_size > 1 else ""
+    console.print_field(
+        "world", f"{world.description()}{hosts}, {threads}{each}, torch {torch.__version__}"
     )
-    fact("watch", summary.view(str(job.record)))
-    fact("run", str(job.record))
+    console.print_field("data", job.dataset.description)
+    console.print_field("model", describe(state.model))
+    console.print_field("train", _plan(job))
+    console.print_field("watch", tensorboard_command(str(job.run)))
+    console.print_field("run", str(job.run))
     if state.step:
-        job.console.say(f"resume at step {state.step}, {_counted(state.epoch, 'epoch')} done")
-    world.begin_steps(config.step_timeout)
+        console.print(f"resume at step {state.step}, {_counted(state.epoch, 'epoch')} done")
+    world.set_timeout(config.step_timeout)
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'s' if count != 1 else ''}"
+def _plan(job: Job) -> str:
+    config = job.config
+    shifts = f", shifts up to {config.random_shift} px" if config.random_shift else ""
+    return (
+        f"{_counted(config.epochs, 'epoch')} of {_counted(job.sharding.steps_per_epoch, 'step')}, "
+        f"global batch {config.global_batch_size}, SGD lr {config.lr:g} {config.schedule}, "
+        f"momentum {config.momentum:g}, weight decay {config.weight_decay:g}{shifts}"
+    )
 
 
-class Meetings:
-    """Where all ranks compare notes after the same step: when to stop, to save, to give up."""
-
-    def __init__(self, job: Job) -> None:
-        """Listen to signals from now on."""
-        stop = StopRequest()
-        stop.listen()
-        minutes = job.config.checkpoint_every_minutes
-        self._agreement = Agreement(job.world, stop, minutes * 60 if minutes else None)
-        self._save_every = job.config.checkpoint_every_steps or sys.maxsize
-        self._job = job
-
-    def after_step(self) -> None:
-        """Meet if it is time to.
-
-        Raises:
-            JobError: a loss was not finite.
-            Preempted: a rank was asked to stop; the state is on disk.
-        """
-        save_now = self._job.state.step % self._save_every == 0
-        if self._agreement.due() or save_now:
-            verdict, _ = self._agreement.compare(self._job.state.settle())
-            self._require_finite(verdict)
-            self._save_or_stop(verdict, save_now)
-
-    def end_epoch(self) -> float:
-        """Meet when an epoch's steps are done; the mean loss over its samples.
-
-        Raises:
-            JobError: a loss was not finite, or a rank's weights went their own way, by a fault of
-                its memory or of the code.
-            Preempted: a rank was asked to stop; the state is on disk.
-        """
-        job, state = self._job, self._job.state
-        bad_step = state.settle()
-        verdict, notes = self._agreement.compare(bad_step, state.notes(job.world))
-        self._require_finite(verdict)
-        loss_sum, apart = state.compare(notes)
-        if apart:
-            raise JobError(
-                f"the weights of rank(s) {', '.join(map(str, apart))} differ from those of the "
-                f"others after step {state.step}; suspect that host's memory, and start again from "
-                f"{job.record}"
-            )
-        self._save_or_stop(verdict, save_now=False)
-        return loss_sum / job.sharding.samples
-
-    def _require_finite(self, verdict: Verdict) -> None:
-        if verdict.bad_rank is not None:
-            raise JobError(
-                f"the loss at step {verdict.bad_step} (epoch {self._job.state.epoch + 1}) on rank "
-                f"{verdict.bad_rank} is not finite; nothing was saved after it: look at the data, "
-                "or lower --lr and begin in another --run-dir"
-            )
-
-    def _save_or_stop(self, verdict: Verdict, save_now: bool) -> None:
-        job = self._job
-        if verdict.save or save_now or verdict.stop:
-            self._agreement.saved()
-            save(job, {}, best=False, newest=True)
-        if verdict.stop:
-            job.world.on_main(job.record.flush)
-            raise Preempted(
-                f"{verdict.stop} at step {job.state.step}, saved; the same command with "
-                f"--run-dir {job.record} continues"
-            )
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' if count != 1 else ''}"
 
 
-def save(job: Job, figures: dict[str, float], best: bool, newest: bool) -> None:
-    """Begin to write the checkpoints that are asked for; every rank must take part."""
+def prepare_model(job: Job, model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """Apply --compile and --precision to what DDP is to wrap; return it and what was applied."""
+    if job.config.step == "manual":
+        return model, []
+    applied = []
+    if job.config.compile:
+        model, explanation = compile_or_explain(model, job.world)
+        applied.append(explanation)
+    if job.config.precision != "fp32":
+        applied.append(job.config.precision)
+    return Bfloat16(model) if job.config.precision == "bf16" else model, applied
+
+
+def build_step(
+    job: Job, state: TrainState, model: nn.Module, applied: list[str], step: TrainStep
+) -> tuple[TrainStep, Callable[[], float | None]]:
+    """Choose what gradients travel over, and print the line `step`; every rank must call this.
+
+    Args:
+        job: this rank's.
+        state: with the bare model and the optimizer.
+        model: the bare model, or DDP around what `prepare_model` returned.
+        applied: what `prepare_model` applied.
+        step: for DDP.
+
+    Returns:
+        The step function, and a function that returns this rank's seconds in all-reduces so far.
+    """
+    config, world = job.config, job.world
+    share_memory = config.shared_memory == "auto"
+    seconds: Callable[[], float | None]
+    if config.step == "manual":
+        from mnist_dist.fast import ManualStep
+
+        step = manual = ManualStep(
+            state.model, state.optimizer, world, share_memory, config.step_timeout
+        )
+        description, seconds = f"manual backward, {manual.description}", lambda: manual.seconds
+    elif isinstance(model, DistributedDataParallel):
+        transport, seconds = register_comm_hook(
+            model, world, share_memory, config.step_timeout, config.grad_compression
+        )
+        description = ", ".join(["DistributedDataParallel", *applied, transport])
+    else:
+        description, seconds = ", ".join(["single process", *applied]), lambda: None
+    job.console.print_field("step", description)
+    if config.profile and state.step == 0 and world.is_main_process:
+        step = profile_steps(step, job.run.path / "profile")
+    return step, seconds
+
+
+def sync_step(job: Job, state: TrainState, sync: RankSync) -> None:
+    """After a step: exchange stop, checkpoint and NaN flags if it is time to.
+
+    Raises:
+        JobError: a loss was not finite.
+        Preempted: a rank was asked to stop; the state is on disk.
+    """
+    every = job.config.checkpoint_every_steps
+    save_now = every is not None and state.step % every == 0
+    if sync.should_sync() or save_now:
+        result = sync.sync(state.drain_losses())
+        _check_finite(state, result)
+        _save_or_stop(job, state, sync, result, save_now)
+
+
+def sync_epoch(job: Job, state: TrainState, sync: RankSync) -> float:
+    """After an epoch's last step: the same, and compare weights; return the mean training loss.
+
+    Raises:
+        JobError: a loss was not finite, or the weights of a rank have diverged, by a fault of its
+            memory or a bug.
+        Preempted: a rank was asked to stop; the state is on disk.
+    """
+    bad_step = state.drain_losses()
+    result = sync.sync(bad_step, state.sync_payload(job.world))
+    _check_finite(state, result)
+    loss_sum, diverged = state.finish_sync(result.payloads)
+    if diverged:
+        ranks = f"rank{'s' if len(diverged) > 1 else ''} {', '.join(map(str, diverged))}"
+        raise JobError(
+            f"the weights of {ranks} differ from the other ranks' after step {state.step} (bad "
+            f"memory or a bug); check that host's memory, and continue from {job.run}"
+        )
+    _save_or_stop(job, state, sync, result, save_now=False)
+    return loss_sum / job.sharding.samples
+
+
+def _check_finite(state: TrainState, result: SyncResult) -> None:
+    if result.bad_rank is not None:
+        raise JobError(
+            f"the loss at step {result.bad_step} (epoch {state.epoch + 1}) on rank "
+            f"{result.bad_rank} is not finite; nothing was saved after it: check the data, or "
+            "lower --lr and start in another --run-dir"
+        )
+
+
+def _save_or_stop(
+    job: Job, state: TrainState, sync: RankSync, result: SyncResult, save_now: bool
+) -> None:
+    if result.save or save_now or result.stop:
+        sync.mark_saved()
+        save_checkpoint(job, state, {}, best=False, newest=True)
+    if result.stop:
+        job.world.on_main(job.run.flush)
+        raise Preempted(
+            f"{result.stop} at step {state.step}, saved; the same command with "
+            f"--run-dir {job.run} continues"
+        )
+
+
+def save_checkpoint(
+    job: Job, state: TrainState, metrics: Mapping[str, float], best: bool, newest: bool
+) -> None:
+    """Start to write the checkpoints asked for, on rank 0; every rank must call this."""
     if best or newest:
-        saved = job.state.state_dict(job.world)
-        if job.world.is_main:
-            job.record.save(saved, job.state, figures, best, newest)
+        saved = state.state_dict(job.world)
+        if job.world.is_main_process:
+            job.run.save_checkpoint(saved, metrics, best, newest)
 
 
-def look_at(job: Job, validation: Evaluation) -> Look:
-    """What TensorBoard draws of an epoch."""
+def build_plots(job: Job, state: TrainState, validation: Evaluation) -> EpochPlots:
+    """Collect what TensorBoard shows of an epoch besides its scalars."""
     images = job.dataset.validation.images
-    mistakes = [
-        (images[m.index].cpu(), f"{m.label}>{m.predicted} {m.probability:.0%}")
-        for m in validation.mistakes
+    errors = [
+        (images[e.index].cpu(), f"{e.label} predicted\nas {e.predicted}, {e.probability:.0%}")
+        for e in validation.most_confident_errors
     ]
-    return Look("val", validation.confusion, mistakes, job.state.model)
+    return EpochPlots("val", validation.confusion, errors, state.model)
 
 
-def report(job: Job, result: Evaluation) -> None:
-    """Say and write down how good the best weights are on the test split, and what to do next."""
-    state, record, config = job.state, job.record, job.config
-    right = f"accuracy {result.accuracy:.2%} of {result.count:,} digits"
-    results = [
-        *summary.validation(record.records, state.best_epoch),
-        ("test", f"loss {result.loss:.4f}, {right} (best.pt: weights of epoch {state.best_epoch})"),
-        ("digits", summary.digits(result.accuracy_by_class)),
-        ("errors", summary.confusions(result.confusions)),
-    ]
-    job.world.on_main(lambda: record.finish(state, dict(results)))
+def print_summary(job: Job, state: TrainState, result: Evaluation) -> None:
+    """Complete the run: record and print the results, and the commands to go on with."""
+    run, config, console = job.run, job.config, job.console
+    results = summary_fields(run.writer.records, state.best_epoch, result)
+    job.world.on_main(lambda: run.finish(dict(results)))
     program = job.world.launch.program
     script = sys.argv[0] if Path(sys.argv[0]).name == "train_ddp.py" else "-m mnist_dist train"
     longer = 2 * config.epochs if config.schedule == "constant" else None
-    path, train = str(record), f"{program} {script}" if program else ""
-    for label, text in [*results, ("run", path), *summary.next_commands(path, train, longer)]:
-        job.console.fact(label, text)
+    path, train = str(run), f"{program} {script}" if program else ""
+    for label, text in [*results, ("run", path), *next_commands(path, train, longer)]:
+        console.print_field(label, text)

@@ -1,20 +1,32 @@
-"""DistributedSampler over tensors: which samples of each global batch are this rank's.
+"""DistributedSampler's order, cut into global batches.
 
-One permutation an epoch, the same on all ranks, is cut into global batches; the number of
-processes only decides who computes which part of a batch, never what is in it.
+One permutation per epoch, the same on all ranks, is cut into global batches; the number of
+processes only decides which rank computes which part of a batch, never what is in it.
 """
 
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DistributedSampler
+
+from mnist_dist.data import Split
+from mnist_dist.model import pixels
+
+# Rows gathered at once: 64 cost little less than 256, and more would have left the core's cache
+# when they are used.
+_ROWS_PER_GATHER = 256
+_SIDE = 28
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """One rank's part of every global batch.
+    """One rank's local batch of every global batch.
 
     DistributedSampler gives rank r the positions p of the permutation with p mod W = r, so
     position p is entry (p - r) / W of rank r's list, and global batch k, the positions
@@ -26,47 +38,111 @@ class Sharding:
     global_batch_size: int
     rank: int
     world_size: int
-    seed: int
 
     @property
     def steps_per_epoch(self) -> int:
         """Number of global batches in an epoch; the last may be short."""
         return -(-self.samples // self.global_batch_size)
 
-    def epoch_indices(self, epoch: int) -> Tensor:
-        """This rank's sample indices in epoch `epoch`, in order: (n,) int64.
-
-        The sampler pads its lists to equal lengths by repeating samples; the padding is cut off.
-        """
-        sampler: DistributedSampler[int] = DistributedSampler(
-            range(self.samples),  # type: ignore[arg-type]
-            num_replicas=self.world_size,
-            rank=self.rank,
-            seed=self.seed,
-        )
-        sampler.set_epoch(epoch)
-        own = np.fromiter(sampler, np.int64, self._entries_before(self.samples))
-        return torch.from_numpy(own)
+    @property
+    def local_samples(self) -> int:
+        """This rank's samples in an epoch."""
+        return self._entries_before(self.samples)
 
     def local_slice(self, batch: int) -> slice:
-        """Where in `epoch_indices` this rank's part of global batch `batch` lies; may be empty."""
+        """Return the slice of this rank's indices that is its local batch; it may be empty."""
         first = batch * self.global_batch_size
         last = min(first + self.global_batch_size, self.samples)
         return slice(self._entries_before(first), self._entries_before(last))
 
     def batch_samples(self, batch: int) -> int:
-        """Samples in global batch `batch`, summed over all ranks."""
+        """Return the number of samples in global batch `batch`, over all ranks."""
         return min(self.global_batch_size, self.samples - batch * self.global_batch_size)
 
     def samples_from(self, batch: int) -> int:
-        """Samples in an epoch's global batches from `batch` on, summed over all ranks."""
+        """Return the samples in an epoch's global batches from `batch` on, over all ranks."""
         return max(0, self.samples - batch * self.global_batch_size)
 
     def _entries_before(self, position: int) -> int:
-        """How many of this rank's entries stand before `position` of the permutation."""
+        """Return how many of this rank's entries come before `position` of the permutation."""
         return max(0, -(-(position - self.rank) // self.world_size))
 
 
-def evaluation_share(rank: int, world_size: int) -> slice:
-    """Every world_size-th sample from `rank` on: no padding, each sample on exactly one rank."""
-    return slice(rank, None, world_size)
+def local_indices(sampler: "DistributedSampler[Any]", sharding: Sharding) -> Tensor:
+    """Return this rank's sample indices of the sampler's epoch, in order: (n,) int64.
+
+    The sampler pads its lists to equal lengths by repeating samples; the padding is cut off.
+    """
+    return torch.from_numpy(np.fromiter(sampler, np.int64, sharding.local_samples))
+
+
+def global_batches(
+    split: Split,
+    sampler: "DistributedSampler[Any]",
+    sharding: Sharding,
+    first_batch: int = 0,
+    max_shift: int = 0,
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield this rank's part of each global batch of the sampler's epoch.
+
+    There is no DataLoader: the images are tensors already, and rows are gathered for a few small
+    batches at a time.
+
+    Args:
+        split: training samples, on the model's device.
+        sampler: of this rank, after `set_epoch`.
+        sharding: this rank's local batches.
+        first_batch: global batches of this epoch that are already done.
+        max_shift: the largest random shift of a global batch's images, in pixels.
+
+    Yields:
+        (n, 784) float32 pixels, overwritten later; (n,) int64 labels; and the number of samples in
+        the global batch. n may be 0: the rank still takes part in the step's collectives.
+    """
+    shifts = random_shifts(max_shift, sampler.seed, sampler.epoch, sharding.steps_per_epoch)
+    indices = local_indices(sampler, sharding).to(split.images.device)
+    labels = split.labels.index_select(0, indices)
+    at_once = max(1, _ROWS_PER_GATHER * sharding.world_size // sharding.global_batch_size)
+    most = min(-(-at_once * sharding.global_batch_size // sharding.world_size), len(indices))
+    gathered = split.images.new_empty(most, split.images.shape[1])
+    floats = torch.empty_like(gathered, dtype=torch.float32)
+    for first in range(first_batch, sharding.steps_per_epoch, at_once):
+        batches = range(first, min(first + at_once, sharding.steps_per_epoch))
+        slices = [sharding.local_slice(batch) for batch in batches]
+        rows = indices[slices[0].start : slices[-1].stop]
+        # index_select takes a fifth of the time of images[rows].
+        chosen = torch.index_select(split.images, 0, rows, out=gathered[: len(rows)])
+        images = pixels(chosen, floats[: len(rows)]).split([s.stop - s.start for s in slices])
+        for batch, local, part in zip(batches, slices, images, strict=True):
+            yield shift_images(part, *shifts[batch]), labels[local], sharding.batch_samples(batch)
+
+
+def random_shifts(largest: int, seed: int, epoch: int, batches: int) -> list[tuple[int, int]]:
+    """Return how far each global batch of an epoch is shifted: pixels (down, right).
+
+    The shifts follow from the arguments alone, so every rank has the same, and a resume in the
+    middle of an epoch needs no saved state. A batch is shifted as a whole: that is one operation,
+    whatever its size, and helps the model as much as a shift per sample (docs/performance.md).
+
+    Args:
+        largest: all whole numbers from -largest to largest are equally likely; 0 for no shifts.
+        seed: of the run.
+        epoch: 0-based.
+        batches: global batches in the epoch.
+    """
+    if largest == 0:
+        return [(0, 0)] * batches
+    generator = random.Random(f"shifts of epoch {epoch}, seed {seed}")
+
+    def offset() -> int:
+        return generator.randint(-largest, largest)
+
+    return [(offset(), offset()) for _ in range(batches)]
+
+
+def shift_images(images: Tensor, down: int, right: int) -> Tensor:
+    """Shift (N, 784) images by less than 28 pixels each way; the pixels that enter are 0."""
+    if down == right == 0:
+        return images
+    rows = images.unflatten(1, (_SIDE, _SIDE))
+    return F.pad(rows, (right, -right, down, -down)).flatten(1)

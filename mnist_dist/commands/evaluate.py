@@ -17,12 +17,12 @@ from mnist_dist import evaluation as engine
 from mnist_dist.commands.trained_model import TrainedModel, load_trained
 from mnist_dist.data import Dataset, load, locate
 from mnist_dist.distributed import process
-from mnist_dist.distributed.world import World, join
+from mnist_dist.distributed.world import World, init_distributed
 from mnist_dist.errors import UserError
 from mnist_dist.evaluation import Evaluation
 from mnist_dist.flags import parse_flags
 from mnist_dist.run.console import Console
-from mnist_dist.run.directory import code_digest
+from mnist_dist.run.environment import code_digest
 
 SplitName = Literal["train", "validation", "test"]
 
@@ -93,32 +93,32 @@ def evaluate(
 
 def main(flags: Sequence[str]) -> int:
     """The command, as this process's part of a job; returns the process's exit code."""
-    return process.attempt(lambda launch: _command(flags, launch))
+    return process.run_rank(lambda launch: _command(flags, launch))
 
 
 def run(flags: Sequence[str]) -> NoReturn:
     """`main` as a process of its own."""
-    process.run(lambda: main(flags))
+    process.run_process(lambda: main(flags))
 
 
 def _command(flags: Sequence[str], launch: Launch) -> None:
     config = parse_flags(EvaluateConfig, flags, "mnist-dist evaluate")
-    with join(launch, config.device, "auto") as world:
-        console = Console(speaks=world.is_main)
+    with init_distributed(launch, config.device, "auto") as world:
+        console = Console(enabled=world.is_main_process)
         report = _evaluate(config, world, console.warn)
         if config.json:
-            console.say(json.dumps(_as_json(report, world)))
+            console.print(json.dumps(_as_json(report, world)))
             return
         result = report.evaluation
         right, of = _correct_by_digit(result), _count_by_digit(result)
-        console.say(f"model  {report.trained.description}")
-        console.say(f"data   {report.dataset.description}")
-        console.say(f"world  {world.description()}")
-        console.say(
+        console.print(f"model  {report.trained.description}")
+        console.print(f"data   {report.dataset.description}")
+        console.print(f"world  {world.description()}")
+        console.print(
             f"{config.split:6} loss {result.loss:.4f}, accuracy {result.accuracy:.2%}: "
             f"{sum(right):,} of {result.count:,} digits right"
         )
-        console.say("       " + "  ".join(f"{n}: {right[n]}/{of[n]}" for n in range(len(of))))
+        console.print("       " + "  ".join(f"{n}: {right[n]}/{of[n]}" for n in range(len(of))))
 
 
 def _evaluate(config: EvaluateConfig, world: World, warn: Callable[[str], None]) -> _Report:
@@ -129,14 +129,14 @@ def _evaluate(config: EvaluateConfig, world: World, warn: Callable[[str], None])
     located = world.once_per_host(lambda: locate(data, cache_dir))
     for warning in located.warnings:
         warn(warning)
-    dataset = world.agree(lambda: load(located))
+    dataset = world.run_on_all(lambda: load(located))
     if trained.data_fingerprint is not None:
         whole, dataset = dataset, _as_trained(dataset, trained)
         if dataset.fingerprint != trained.data_fingerprint:
             dataset = whole
             _other_data(config, trained, dataset, warn)
     flags = {f"--{name.replace('_', '-')}": value for name, value in asdict(config).items()}
-    world.require_same(
+    world.check_equal(
         flags | {"the code": code_digest(), "the data": dataset.fingerprint},
         "give every process the same flags, code and data",
     )

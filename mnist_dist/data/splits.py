@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils import data as torch_data
 
 from mnist_dist.data.errors import DataError, MalformedError, one_line
 
@@ -22,7 +23,7 @@ GENUINE_MNIST = "d9a97ebadde1a3d5a7cd04cba890aa9aa7ca5ab3349340a725bc273a0561269
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
+class Split(torch_data.Dataset[tuple[Tensor, Tensor]]):
     """Samples in the order of their source.
 
     ``images`` is (N, 784) uint8, rows of 28 pixels one after another; ``labels`` is (N,) int64,
@@ -34,6 +35,9 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
 
 
 Splits: TypeAlias = tuple[Split, Split, Split]

@@ -1,137 +1,127 @@
-"""How the ranks add up their gradients: in shared memory, by the backend, or not at all."""
+"""What DistributedDataParallel sends its gradients over, and what it wraps."""
 
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mnist_dist.distributed.shared_memory import HostSum
+from mnist_dist.distributed.shared_memory import SharedMemoryAllReduce, connect_shared_memory
 from mnist_dist.distributed.world import World
 from mnist_dist.errors import UserError
 
 Compression = Literal["none", "bf16", "powersgd"]
 
 
-class GradientSum(Protocol):
-    """Adds up one vector of gradients over all ranks."""
+def shared_memory_hook(
+    state: tuple[SharedMemoryAllReduce, int], bucket: dist.GradBucket
+) -> torch.futures.Future[Tensor]:
+    """Average one bucket of gradients over all ranks in shared memory, as a DDP communication hook.
 
-    own: Tensor
-    """(elements,) float32, on the rank's device: where it had best make its vector."""
-
-    def add_up(self, values: Tensor) -> Tensor:
-        """The sum over all ranks of `values`: to be read only, and only until the next call.
-
-        It may be in the place of `values`.
-        """
-
-
-class BackendSum:
-    """Sums by the process group's backend; of one process, nothing but its own vector."""
-
-    def __init__(self, world: World, size: int) -> None:
-        """Add up vectors of `size` float32 over the ranks of `world`."""
-        self._world = world
-        self.own = torch.empty(size, device=world.device)
-
-    def add_up(self, values: Tensor) -> Tensor:
-        """See `GradientSum`."""
-        return self._world.sum(values)
-
-
-def sum_over_ranks(
-    world: World, size: int, share_memory: bool, timeout: float
-) -> tuple[GradientSum, str]:
-    """The quickest way to add up vectors of `size` float32, and what it is, for a person.
+    See https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html. The all-reduce is done when this
+    returns: the model is one bucket, which leaves nothing to overlap it with.
 
     Args:
-        world: the ranks, all of which must take part.
-        size: elements of the vectors.
-        share_memory: CPU ranks of one host add up in memory they share, where they can.
-        timeout: seconds that a rank may make the others wait.
+        state: the all-reduce, and the number of ranks.
+        bucket: gradients of this rank; replaced by the mean.
     """
-    host_sum, way = _share_memory(world, size, share_memory, timeout)
-    return host_sum or BackendSum(world, size), way
+    all_reduce, world_size = state
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    mean = bucket.buffer()
+    torch.div(all_reduce(mean), world_size, out=mean)
+    future.set_result(mean)
+    return future
 
 
-def average_over_ranks(
-    model: nn.Module,
+def register_comm_hook(
+    model: DistributedDataParallel,
     world: World,
     share_memory: bool,
     timeout: float,
     compression: Compression = "none",
-) -> tuple[nn.Module, str]:
-    """Let every backward pass of `model` leave the mean gradient over all ranks, and say how.
+) -> tuple[str, Callable[[], float | None]]:
+    """Choose what the gradients of `model` travel over; every rank must call this.
 
     Args:
-        model: on the world's device, with equal weights on all ranks.
-        world: with one process there is nothing to average and `model` is returned as it is.
-        share_memory: as for `sum_over_ranks`.
-        timeout: seconds that a rank may make the others wait.
-        compression: what the ranks send each other, over the backend in any case if it is not
-            "none".
+        model: just wrapped, before its first forward pass.
+        world: the ranks, at least two.
+        share_memory: let the CPU ranks of a node average in memory they share, where possible.
+        timeout: seconds until a rank that does not respond is given up.
+        compression: of the gradients; anything but "none" goes over the backend.
+
+    Returns:
+        A description for the user; a function that returns the seconds this rank has spent in
+        all-reduces so far, None if they overlap the backward pass and cannot be timed.
     """
-    if world.world_size == 1:
-        return model, "alone"
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if compression != "none":
-        _compress(parallel, compression)
-        return parallel, f"gradients over {world.backend}, {compression}"
+        _register_compression(model, compression)
+        return f"gradients over {world.backend}, {compression}", lambda: None
     parameters = list(model.parameters())
-    share_memory = share_memory and all(p.dtype == torch.float32 for p in parameters)
-    size = sum(parameter.numel() for parameter in parameters)
-    host_sum, way = _share_memory(world, size, share_memory, timeout)
-    if host_sum is not None:
-        parallel.register_comm_hook((host_sum, world.world_size), _average)
-    return parallel, way
+    if share_memory and all(p.dtype == torch.float32 for p in parameters):
+        size = sum(p.numel() for p in parameters)
+        all_reduce, description = connect_shared_memory(world, size, timeout)
+        if all_reduce is not None:
+            model.register_comm_hook((all_reduce, world.world_size), shared_memory_hook)
+            return description, lambda: all_reduce.seconds
+        return description, lambda: None
+    return f"gradients over {world.backend}", lambda: None
 
 
-def require_compression(compression: Compression, backend: str) -> None:
-    """Raise UserError where PyTorch's hook for `compression` does not work over `backend`."""
+def check_compression(compression: Compression, backend: str) -> None:
+    """Raise UserError if PyTorch's hook for `compression` does not work over `backend`."""
     if compression == "bf16" and backend == "gloo":
         raise UserError(
             "--grad-compression bf16: PyTorch's hook needs GPUs with NCCL; use powersgd, or none"
         )
 
 
-def _compress(parallel: DistributedDataParallel, compression: Compression) -> None:
-    # Imported here: they are seldom used, and bring torch's compiler with them.
+def _register_compression(model: DistributedDataParallel, compression: Compression) -> None:
+    # Imported here: rarely used, and they import torch's compiler.
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
     if compression == "bf16":
-        parallel.register_comm_hook(None, default_hooks.bf16_compress_hook)
+        model.register_comm_hook(None, default_hooks.bf16_compress_hook)
         return
     state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=10)
-    parallel.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
 
 
-def _share_memory(
-    world: World, size: int, wanted: bool, timeout: float
-) -> tuple[HostSum | None, str]:
-    """Sums in shared memory where they are wanted and can be had; and what is done, in words."""
-    if world.world_size == 1:
-        return None, "alone"
-    if not wanted or world.device.type != "cpu":
-        return None, f"gradients over {world.backend}"
-    if min(world.gather(world.launch.local_world_size)) == 1:
-        return None, f"gradients over {world.backend}: a host has one process only"
+def compile_or_explain(model: nn.Module, world: World) -> tuple[nn.Module, str]:
+    """Compile `model` with torch.compile if that works on every rank, else return it unchanged.
+
+    Args:
+        model: on the world's device.
+        world: the ranks, all of which must call this.
+
+    Returns:
+        The compiled model, or `model`; and what was done, for the user.
+    """
     try:
-        host_sum = HostSum(world, size, timeout)
-    except OSError as error:
-        return None, (
-            f"gradients over {world.backend}: processes of a host share no memory ({error})"
-        )
-    one_host = world.launch.local_world_size == world.world_size
-    beyond = "" if one_host else f", {world.backend} beyond"
-    return host_sum, f"gradients over shared memory{beyond}"
+        compiled: nn.Module = torch.compile(model, dynamic=True)  # type: ignore[assignment]
+        compiled(torch.zeros(8, 784, device=world.device)).sum().backward()
+        failure = None
+    except Exception as error:  # whatever a missing or failing compiler makes torch raise
+        failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    model.zero_grad()
+    failures = [text for text in world.gather(failure) if text is not None]
+    if failures:
+        return model, f"not compiled ({failures[0]})"
+    return compiled, "compiled"
 
 
-def _average(state: tuple[HostSum, int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """The mean over all ranks of one bucket of gradients, as a communication hook of DDP."""
-    host_sum, world_size = state
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
-    mean = bucket.buffer()
-    torch.div(host_sum.add_up(mean), world_size, out=mean)
-    future.set_result(mean)
-    return future
+class Bfloat16(nn.Module):
+    """A model whose matrix products are of bfloat16 in training; weights and logits are float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        device = next(model.parameters()).device.type
+        self._autocast = torch.autocast(device, torch.bfloat16)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the model's logits, (n, 10) float32."""
+        with self._autocast:
+            logits: Tensor = self.model(images)
+        return logits.float()

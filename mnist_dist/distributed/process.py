@@ -1,32 +1,43 @@
 """One process of a job, from its launcher to its exit code."""
 
 import atexit
+import contextlib
+import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 # Before torch, whose import takes seconds: it notes the parent that we are to end with.
-from mnist_dist.distributed.launcher import Launch, leave_with_launcher, read_launch  # isort: skip
+from mnist_dist.distributed.launcher import (  # isort: skip
+    Launch,
+    leave_with_launcher,
+    read_launch,
+)
 
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import errors as elastic_errors
 
 from mnist_dist.distributed.failures import LostContactError
-from mnist_dist.distributed.world import exit_with_error, leave
-from mnist_dist.errors import ReportedError
+from mnist_dist.errors import MeetingError, ReportedError
+from mnist_dist.torch_internals import default_store
+
+# How long a rank with an error of its own waits for rank 0 to print it.
+_PATIENCE_S = 20.0
 
 
-def attempt(work: Callable[[Launch], None]) -> int:
-    """Do this process's part of a job; returns its exit code. A bug is raised.
+def run_rank(work: Callable[[Launch], None]) -> int:
+    """Run this process's part of a job and return its exit code. Bugs are raised.
 
     Args:
-        work: given the launcher's word, parses flags, joins the world and does the work.
+        work: given the launcher's environment, parses flags, joins the process group and works.
     """
-    return _attempt(work) or 0  # None after --help
+    return _run_rank(work) or 0  # None after --help
 
 
 @elastic_errors.record
-def _attempt(work: Callable[[Launch], None]) -> int:
+def _run_rank(work: Callable[[Launch], None]) -> int:
     launch = Launch("alone")
     try:
         launch = read_launch()
@@ -36,20 +47,65 @@ def _attempt(work: Callable[[Launch], None]) -> int:
     except ReportedError as error:
         return exit_with_error(launch, error)
     except LostContactError as error:
-        # In one go: print ends a line by a second write, and other ranks say this at the same time.
+        # One write: print would end the line with a second one, and other ranks print this too.
         sys.stderr.write(f"mnist-dist: rank {launch.rank} ends: {error}\n")
-        leave(1)
-    except KeyboardInterrupt:  # while training runs, it listens itself, and saves
-        leave(130)
+        hard_exit(1)
+    except KeyboardInterrupt:  # before training, which handles the signal itself and saves
+        hard_exit(130)
     return 0
 
 
-def run(main: Callable[[], int]) -> NoReturn:
-    """`main` as a process of its own: a bug has its traceback, and the process really ends."""
+def run_process(main: Callable[[], int]) -> NoReturn:
+    """Run `main` as a process of its own: a bug prints its traceback, and the process exits."""
     try:
         code = main()
     except Exception:
         traceback.print_exc()
-        leave(1)
+        hard_exit(1)
     atexit._run_exitfuncs()
-    leave(code)
+    hard_exit(code)
+
+
+def exit_with_error(launch: Launch, error: ReportedError) -> int:
+    """Print the error once, from rank 0, and return its exit code on every rank.
+
+    Torchrun and `srun -K` stop all ranks as soon as one exits, so a rank that exits before rank 0
+    has printed would silence it. Within a process group, where every rank has the error, they wait
+    for a note in its store; before there is one, each rank found the error alone and waits to be
+    stopped.
+    """
+    prints = launch.rank == 0 or (isinstance(error, MeetingError) and launch.local_rank == 0)
+    if prints:
+        print(f"mnist-dist: {error.kind}: {error}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        _wait_until_printed(launch)
+        # Left to the interpreter's shutdown, gloo's threads abort the process now and then.
+        dist.destroy_process_group()
+    elif not prints and launch.launcher != "alone":
+        launcher, deadline = os.getppid(), time.monotonic() + _PATIENCE_S
+        while os.getppid() == launcher and time.monotonic() < deadline:
+            time.sleep(0.05)
+    return error.exit_code
+
+
+def _wait_until_printed(launch: Launch) -> None:
+    """Note in the store that rank 0 has printed the error; on other ranks, wait for that."""
+    store, key = default_store(), "mnist-dist/error-printed"
+    deadline = time.monotonic() + _PATIENCE_S
+    with contextlib.suppress(RuntimeError):  # rank 0 may have taken the store with it
+        if launch.rank == 0:
+            store.set(key, "")
+        while not store.check([key]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def hard_exit(code: int) -> NoReturn:
+    """Exit at once, without the interpreter's shutdown.
+
+    Shutdown would take down NCCL's and gloo's threads, which may wait for dead peers for ever, and
+    even after a good run abort the process now and then (seen with torch 2.13 on a busy machine).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, full, or None
+            stream.flush()
+    os._exit(code)

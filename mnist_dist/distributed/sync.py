@@ -1,4 +1,4 @@
-"""Please stop: signals set a flag, and all ranks agree at a step."""
+"""Stop, checkpoint and NaN decisions that all ranks take at a common step."""
 
 import os
 import signal
@@ -13,23 +13,24 @@ from torch import Tensor
 from mnist_dist.distributed.world import World, as_bytes, as_numbers
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-# Slurm sends to every process, torchrun passes its own copy on: copies this close are one request.
+# Slurm signals every process and torchrun forwards its own copy: copies this close are one request.
 _SAME_REQUEST_S = 2.0
-# Seconds between two agreements: a stop is noticed this soon. One costs a few ms, alone nothing.
+# Seconds between two syncs, and so until a stop is noticed. A sync costs a few ms, none at W = 1.
 _PERIOD_S = 1.0
-_PERIOD_ALONE_S = 0.1
+_PERIOD_SINGLE_S = 0.1
+_HEADER_BYTES = 4 * 8
 
 
 class StopRequest:
-    """The flag that SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set. Nothing else happens in a handler."""
+    """A flag set by SIGTERM, SIGINT, SIGUSR1 and SIGUSR2. Nothing else happens in a handler."""
 
     def __init__(self) -> None:
         self.signal = 0
-        """Number of the first signal that came; 0 while none has."""
+        """Number of the first signal received, 0 if none."""
         self._since = 0.0
 
     def listen(self) -> None:
-        """Take the signals from now on. A second request, later than copies of the first, ends.
+        """Handle the signals from now on; a second request exits at once.
 
         Python runs a handler only between two instructions of the main thread, which may be
         waiting in a collective; the wake-up descriptor is written at once, and a thread reads it.
@@ -51,82 +52,85 @@ class StopRequest:
         if self.signal == 0:
             self.signal, self._since = number, now
         elif now - self._since > _SAME_REQUEST_S:
-            print("mnist-dist: a second request: leaving without saving", file=sys.stderr)
+            print("mnist-dist: second stop request: exiting without saving", file=sys.stderr)
             os._exit(128 + number)
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What all ranks agreed on, at the same step."""
+class SyncResult:
+    """What the ranks agreed on; the same on every rank."""
 
     stop: str | None
-    """Name of the signal that asked for a stop; None to go on."""
+    """Name of the signal that requested a stop, None to continue."""
     save: bool
     """A checkpoint is due by the clock."""
     bad_rank: int | None
-    """Rank whose loss was not finite first; None if all are finite."""
+    """The rank with the earliest loss that was not finite, None if all were."""
     bad_step: int
-    """The step it was at, if there is one."""
+    """The step of that loss, 0 if there is none."""
+    payloads: list[Tensor]
+    """Each rank's payload, in rank order."""
 
 
-class Agreement:
-    """Every second or so all ranks compare notes at the same step.
+class RankSync:
+    """Exchanges stop, checkpoint and NaN flags about once a second, at the same step on all ranks.
 
-    A rank that acted on its own flag would leave, or save, while the others wait for it in the next
-    all-reduce. An exchange costs about as much as a step's, so it is not made every step: after
-    each, all ranks compute from the same numbers how many steps to take until the next.
+    A rank that acted on its own flag would leave, or save, while its peers wait for it in the next
+    all-reduce. A sync costs about as much as a step's all-reduce, so most steps have none: after
+    each sync all ranks compute from the same numbers how many steps to take until the next.
     """
 
-    def __init__(self, world: World, stop: StopRequest, save_every_s: float | None) -> None:
-        """Compare `stop`, and with `save_every_s` when to save, over the ranks of `world`."""
+    def __init__(self, world: World, save_every_seconds: float | None = None) -> None:
+        """Handle stop signals from now on.
+
+        Args:
+            world: the ranks, all of which must sync at the same steps.
+            save_every_seconds: interval of checkpoints by the clock, None for none.
+        """
         self._world = world
-        self._stop = stop
-        self._save_every_s = save_every_s
-        self._saved = self._compared = time.monotonic()
+        self._stop = StopRequest()
+        self._stop.listen()
+        self._save_every_seconds = save_every_seconds
+        self._saved = self._synced = time.monotonic()
         self._steps = 0
         self._steps_until_next = 1
 
-    def due(self) -> bool:
-        """Count one step; True when the ranks are to compare notes after it."""
+    def should_sync(self) -> bool:
+        """Count one step; return whether the ranks are to sync after it."""
         self._steps += 1
         return self._steps >= self._steps_until_next
 
-    def compare(
-        self, bad_step: int | None, beside: Tensor | None = None
-    ) -> tuple[Verdict, list[Tensor]]:
-        """Exchange notes; every rank must call this after the same step, and gets the same verdict.
+    def sync(self, bad_step: int | None, payload: Tensor | None = None) -> SyncResult:
+        """Exchange flags. Every rank must call this after the same step.
 
         Args:
-            bad_step: the first step at which this rank's loss was not finite, or None.
-            beside: (n,) uint8 of the same length on every rank, which needs no exchange of its own
-                then.
-
-        Returns:
-            The verdict, and each rank's `beside`.
+            bad_step: the first step at which this rank's loss was not finite, None if all were.
+            payload: (n,) uint8, the same length on every rank, to travel in the same collective.
         """
         now = time.monotonic()
-        clock = self._save_every_s is not None and now - self._saved >= self._save_every_s
-        seconds = (now - self._compared) / max(1, self._steps)
+        timer = self._save_every_seconds
+        save_due = timer is not None and now - self._saved >= timer
+        step_seconds = (now - self._synced) / max(1, self._steps)
         bad = float("inf") if bad_step is None else float(bad_step)
-        mine = as_bytes([float(self._stop.signal), seconds, float(clock), bad])
-        length = len(mine)
-        both = mine if beside is None else torch.cat([mine, beside])
-        everybodys = self._world.gather_tensors(both)
-        notes = [as_numbers(theirs[:length]) for theirs in everybodys]
-        stop, slowest, save = (max(column) for column in list(zip(*notes, strict=True))[:3])
-        bad_steps = [note[3] for note in notes]
-        period = _PERIOD_S if self._world.world_size > 1 else _PERIOD_ALONE_S
+        message = as_bytes([float(self._stop.signal), step_seconds, float(save_due), bad])
+        if payload is not None:
+            message = torch.cat([message, payload])
+        messages = self._world.gather_tensors(message)
+        headers = [as_numbers(m[:_HEADER_BYTES]) for m in messages]
+        stop, slowest, save, _ = (max(column) for column in zip(*headers, strict=True))
+        period = _PERIOD_S if self._world.world_size > 1 else _PERIOD_SINGLE_S
         self._steps_until_next = max(1, min(round(period / max(slowest, 1e-6)), 100_000))
-        self._steps, self._compared = 0, now
+        self._steps, self._synced = 0, now
+        bad_steps = [header[3] for header in headers]
         first = min(bad_steps)
-        verdict = Verdict(
+        return SyncResult(
             stop=signal.Signals(int(stop)).name if stop else None,
             save=bool(save),
             bad_rank=bad_steps.index(first) if first < float("inf") else None,
             bad_step=int(first) if first < float("inf") else 0,
+            payloads=[m[_HEADER_BYTES:] for m in messages],
         )
-        return verdict, [theirs[length:] for theirs in everybodys]
 
-    def saved(self) -> None:
-        """A checkpoint was made: its clock starts anew."""
+    def mark_saved(self) -> None:
+        """Restart the clock of `save_every_seconds`: a checkpoint was just made."""
         self._saved = time.monotonic()

@@ -1,52 +1,58 @@
-"""The processes of a run: device, process group, and the few collectives we use."""
+"""The process group of a run and the few collectives it uses."""
 
 import contextlib
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Generic, Literal, NoReturn, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
+from mnist_dist.distributed.devices import (
+    Backend,
+    deprioritize_gloo,
+    pick_backend,
+    pick_device,
+    set_threads,
+    use_batch_scheduling,
+)
 from mnist_dist.distributed.failures import Board, LostContactError, brief, describe, lost_contact
 from mnist_dist.distributed.launcher import Launch
-from mnist_dist.distributed.memory import keep_freed_memory
 from mnist_dist.distributed.network import interface_towards
 from mnist_dist.distributed.rendezvous import meet
-from mnist_dist.distributed.threads import let_gloo_give_way, threads_for_one, work_in_long_turns
-from mnist_dist.errors import MeetingError, ReportedError, UserError
+from mnist_dist.errors import ReportedError, UserError
+from mnist_dist.torch_internals import set_group_timeout
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class _Outcome(Generic[T]):
-    """What an action gave on one rank: a value, or the error that all ranks are to raise."""
+    """What an action returned on one rank, or the error that every rank is to raise."""
 
     value: T | None = None
     error: ReportedError | None = None
 
 
-def _attempt(action: Callable[[], T]) -> _Outcome[T]:
+def _run(action: Callable[[], T]) -> _Outcome[T]:
     try:
         return _Outcome(value=action())
     except ReportedError as error:
-        return _Outcome(error=error.of_its_kind(str(error)))
+        return _Outcome(error=error.with_message(str(error)))
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of this run and the collectives they share.
+    """This process's place in the run, and the collectives.
 
-    Every rank must make the same calls in the same order; a rank that leaves one out makes all
-    others wait until the group's timeout. With one process each call returns at once.
+    Every rank must make the same calls in the same order: a rank that skips one leaves its peers
+    waiting until the group's timeout. With one process each call returns at once.
     """
 
     launch: Launch
@@ -64,12 +70,12 @@ class World:
         return self.launch.world_size
 
     @property
-    def is_main(self) -> bool:
-        """True on the one rank that writes and speaks."""
+    def is_main_process(self) -> bool:
+        """True on rank 0, the only one that prints and writes files."""
         return self.launch.rank == 0
 
     def facts(self) -> dict[str, Any]:
-        """What a record of the run should say about its processes; every rank must ask."""
+        """Describe the processes for environment.json; every rank must call this."""
         return {
             "hosts": list(dict.fromkeys(self.gather(socket.gethostname()))),
             "launcher": self.launch.launcher,
@@ -79,19 +85,19 @@ class World:
         }
 
     def description(self) -> str:
-        """The same for a person, in one phrase."""
+        """Describe the processes in one phrase for the console."""
         count = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
         talk = f", {self.backend}" if self.backend != "none" else ""
         return f"{count} ({self.launch.launcher}), {self.device.type}{talk}"
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum `values` over all ranks, in place; returns it. Same shape and dtype on every rank."""
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum `values`, of equal shape and dtype on every rank, in place and return it."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def gather(self, value: T) -> list[T]:
-        """One picklable value from every rank, in rank order, on every rank."""
+        """Return the picklable `value` of every rank, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -103,37 +109,37 @@ class World:
         if self.world_size > 1:
             dist.barrier()
 
-    def agree(self, action: Callable[[], T]) -> T:
+    def run_on_all(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank and return this rank's value.
 
-        Without the exchange a rank whose input is bad would leave and the others would wait for it.
+        Without the exchange, a rank with bad input would exit while its peers wait for it.
 
         Raises:
             ReportedError: on all ranks, if `action` raised one on any.
         """
-        outcome = _attempt(action)
+        outcome = _run(action)
         self._values(self.gather(_Outcome[T](error=outcome.error)))  # values may be large
         return outcome.value  # type: ignore[return-value]
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Run `action` on rank 0 alone; every rank returns its (picklable) value.
+        """Run `action` on rank 0 only and return its picklable value on every rank.
 
         Raises:
             ReportedError: on all ranks, if `action` raised one.
         """
-        outcome = [_attempt(action) if self.is_main else _Outcome[T]()]
+        outcome = [_run(action) if self.is_main_process else _Outcome[T]()]
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0)
         return self._values(outcome)[0]
 
     def once_per_host(self, action: Callable[[], T]) -> T:
-        """Run `action` on local rank 0 of each host; the host's ranks return its (picklable) value.
+        """Run `action` on local rank 0 of each host; its ranks return the picklable value.
 
         Raises:
             ReportedError: on all ranks, if `action` raised one on any host.
         """
         first_here = self.launch.local_rank == 0
-        outcomes = self.gather(_attempt(action) if first_here else _Outcome[T]())
+        outcomes = self.gather(_run(action) if first_here else _Outcome[T]())
         firsts = self.gather(self.launch.node_rank if first_here else None)
         return self._values(outcomes)[firsts.index(self.launch.node_rank)]
 
@@ -141,11 +147,11 @@ class World:
         for rank, outcome in enumerate(outcomes):
             if outcome.error is not None:
                 place = "" if rank == 0 else f"rank {rank}: "
-                raise outcome.error.of_its_kind(f"{place}{outcome.error}")
+                raise outcome.error.with_message(f"{place}{outcome.error}")
         return [outcome.value for outcome in outcomes]  # type: ignore[misc]
 
-    def require_same(self, values: Mapping[str, Any], remedy: str) -> None:
-        """Check that each of `values` (plain, by name) is equal on all ranks.
+    def check_equal(self, values: Mapping[str, Any], remedy: str) -> None:
+        """Check that each of `values`, plain values by name, is equal on all ranks.
 
         Raises:
             UserError: on all ranks, naming the first value and the first rank that differ.
@@ -160,61 +166,57 @@ class World:
                     )
 
     def broadcast(self, value: T, source: int) -> T:
-        """The picklable `value` of rank `source`, on every rank."""
+        """Return the picklable `value` of rank `source` on every rank."""
         box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=source)
         return box[0]
 
-    def gather_numbers(self, numbers: list[float]) -> list[list[float]]:
-        """Each rank's `numbers` (as many on each), in rank order: quicker than `gather`."""
-        if self.world_size == 1:
-            return [numbers]
-        return [as_numbers(theirs) for theirs in self.gather_tensors(as_bytes(numbers))]
-
     def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
-        """Each rank's `tensor`, of the same shape and dtype on each, in rank order, on the CPU."""
+        """Return each rank's `tensor`, of equal shape and dtype, in rank order, on the CPU."""
         if self.world_size == 1:
             return [tensor]
-        mine = tensor.to(self.device)
-        everybodys = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(everybodys, mine)
-        return list(torch.stack(everybodys).cpu())
+        local = tensor.to(self.device)
+        gathered = [torch.empty_like(local) for _ in range(self.world_size)]
+        dist.all_gather(gathered, local)
+        return list(torch.stack(gathered).cpu())
 
-    def begin_steps(self, timeout: float) -> None:
-        """From now on a collective may take `timeout` seconds only.
+    def set_timeout(self, seconds: float) -> None:
+        """Let collectives take at most `seconds` from now on.
 
-        The barrier is needed: a rank that were still setting up would be given up on by the short
-        timeout of one that is not.
+        Without the barrier, a rank already on the short timeout could time out one that is still
+        setting up.
         """
         if self.world_size > 1:
             dist.barrier()
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
+            set_group_timeout(seconds)
 
 
 def as_bytes(numbers: Sequence[float]) -> Tensor:
-    """The float64 of n numbers: (8 n,) uint8, to travel beside bytes of other kinds."""
+    """Return n numbers as the bytes of float64, (8 n,) uint8, to be sent with other bytes."""
     return torch.tensor(numbers, dtype=torch.float64).view(torch.uint8)
 
 
 def as_numbers(content: Tensor) -> list[float]:
-    """What `as_bytes` made bytes of."""
+    """Return the numbers that `as_bytes` converted."""
     numbers: list[float] = content.clone().view(torch.float64).tolist()  # cloned: aligned
     return numbers
 
 
 @contextlib.contextmanager
-def join(launch: Launch, device: str, backend: str, timeout: float = 600.0) -> Iterator[World]:
-    """Pick this process's device and threads, join the process group, and leave it at the end.
+def init_distributed(
+    launch: Launch, device: str, backend: str, timeout: float = 600.0
+) -> Iterator[World]:
+    """Set up this process's device, threads and process group, and tear the group down at the end.
 
-    One process needs no group and makes none. If the body fails with anything but a ReportedError,
-    this rank says why in one line, and the others hear of it.
+    A single process forms no group. If the body raises anything but a ReportedError, this rank
+    prints the cause in one line and shares it with its peers.
 
     Args:
         launch: from `read_launch`.
         device: "auto", "cpu" or "cuda".
         backend: "auto", "gloo" or "nccl".
-        timeout: seconds for the ranks to meet, and for each collective until `begin_steps`.
+        timeout: seconds for the rendezvous, and for each collective until `World.set_timeout`.
 
     Raises:
         UserError: the device is not there, or the backend does not fit it.
@@ -222,12 +224,11 @@ def join(launch: Launch, device: str, backend: str, timeout: float = 600.0) -> I
     """
     chosen = pick_device(launch, device)
     name = pick_backend(chosen, backend)
-    choose_threads(launch)
-    keep_freed_memory()
+    set_threads(launch)
     if launch.world_size == 1:
         yield World(launch, chosen, "none")
         return
-    work_in_long_turns()
+    use_batch_scheduling()
     store = meet(
         launch.rank,
         launch.world_size,
@@ -235,9 +236,9 @@ def join(launch: Launch, device: str, backend: str, timeout: float = 600.0) -> I
         launch.master_port or 0,
         launch.hosts_store,
         timeout,
-        notify=_say if launch.local_rank == 0 else lambda line: None,
+        notify=_print if launch.local_rank == 0 else lambda line: None,
     )
-    world = form_group(launch, chosen, name, store, timeout)
+    world = init_process_group(launch, chosen, name, store, timeout)
     board = Board(store, launch.rank, launch.world_size)
     try:
         yield world
@@ -246,20 +247,20 @@ def join(launch: Launch, device: str, backend: str, timeout: float = 600.0) -> I
     except Exception as error:
         _explain(error, board)
         raise
-    # Only on the good path: after a failure the peers may be gone, and destroying would wait.
-    # Rank 0 may host the store: the barrier keeps it there until nobody needs it.
+    # On success only: after a failure the peers may be gone, and destroying would wait for them.
+    # Rank 0 may host the store: the barrier keeps it alive until no rank needs it.
     dist.barrier()
     dist.destroy_process_group()
 
 
-def form_group(
+def init_process_group(
     launch: Launch,
     device: torch.device,
-    backend: Literal["gloo", "nccl"],
+    backend: Backend,
     store: Store,
     timeout: float,
 ) -> World:
-    """Join the process group of the ranks that share `store`, each with its own `device`.
+    """Form the process group of the ranks that share `store`, each with its own `device`.
 
     Raises:
         RuntimeError: the backend could not connect the ranks within `timeout` seconds.
@@ -274,38 +275,28 @@ def form_group(
         timeout=timedelta(seconds=timeout),
         device_id=device if backend == "nccl" else None,
     )
-    let_gloo_give_way()
+    deprioritize_gloo()
     return World(launch, device, backend)
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(f"mnist-dist: {line}", file=sys.stderr, flush=True)
-
-
-def choose_threads(launch: Launch) -> None:
-    """Share the CPUs of this host out among its ranks, unless OMP_NUM_THREADS says otherwise.
-
-    Torchrun sets it to 1 by itself, so that value says nothing there.
-    """
-    chosen = os.environ.get("OMP_NUM_THREADS")
-    if chosen is None or (chosen == "1" and launch.launcher == "torchrun"):
-        torch.set_num_threads(threads_for_one(launch.local_world_size, launch.cpus_per_task))
 
 
 def _choose_interface(address: str) -> None:
     """Let gloo use the interface that leads to the first host, unless the user chose one.
 
-    By itself it takes the one that this host's own name resolves to, which is often the loopback.
+    Gloo's own choice is the one that this host's name resolves to, which is often the loopback.
     """
     if "GLOO_SOCKET_IFNAME" not in os.environ and (found := interface_towards(address)):
         os.environ["GLOO_SOCKET_IFNAME"] = found[0]
 
 
 def _explain(error: Exception, board: Board) -> None:
-    """Say what failed here, and post it for the others.
+    """Print what failed on this rank and share it with its peers.
 
     Raises:
-        LostContactError: nothing did, but another rank is gone; its text names that and the cause.
+        LostContactError: the error only means that a peer is gone; the text names it and its cause.
     """
     if not lost_contact(error):
         board.post(describe(error))
@@ -313,82 +304,3 @@ def _explain(error: Exception, board: Board) -> None:
         print(line, file=sys.stderr, flush=True)
         return
     raise LostContactError(f"{board.find_cause()} ({brief(error)})") from error
-
-
-def pick_backend(device: torch.device, backend: str) -> Literal["gloo", "nccl"]:
-    """NCCL between GPUs, gloo between CPUs, unless the user chose.
-
-    Raises:
-        UserError: NCCL without GPUs.
-    """
-    if backend == "nccl" and device.type != "cuda":
-        raise UserError("--backend nccl: there is no GPU here; use --backend gloo")
-    return "nccl" if device.type == "cuda" and backend != "gloo" else "gloo"
-
-
-def pick_device(launch: Launch, device: str) -> torch.device:
-    """The CPU, or the GPU of this process's local rank.
-
-    Raises:
-        UserError: --device cuda without a GPU, or more processes on the host than GPUs.
-    """
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
-    if gpus == 0:
-        if device == "cuda":
-            raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
-        return torch.device("cpu")
-    # With one GPU bound to each srun task, every task sees its own as number 0.
-    bound = launch.launcher == "srun" and gpus == 1
-    index = 0 if bound else launch.local_rank
-    if index >= gpus:
-        raise UserError(
-            f"--device {device}: {launch.local_world_size} processes on a host with {gpus} GPU(s); "
-            f"start at most {gpus} there or use --device cpu"
-        )
-    chosen = torch.device("cuda", index)
-    torch.cuda.set_device(chosen)
-    return chosen
-
-
-def exit_with_error(launch: Launch, error: ReportedError) -> int:
-    """Show the line once, from rank 0, and return its exit code on every rank.
-
-    Torchrun and `srun -K` stop all ranks as soon as one ends: a rank that ends before rank 0 has
-    spoken would silence it. Within a process group, where every rank has the error, the others wait
-    for word in its store; before there is one, each found it by itself and waits to be stopped.
-    """
-    speaks = launch.rank == 0 or (isinstance(error, MeetingError) and launch.local_rank == 0)
-    if speaks:
-        print(f"mnist-dist: {error.kind}: {error}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        _wait_for_word(launch)
-        # Left to the interpreter's end, gloo's threads abort the process now and then.
-        dist.destroy_process_group()
-    elif not speaks and launch.launcher != "alone":
-        launcher, deadline = os.getppid(), time.monotonic() + 20
-        while os.getppid() == launcher and time.monotonic() < deadline:
-            time.sleep(0.05)
-    return error.exit_code
-
-
-def _wait_for_word(launch: Launch) -> None:
-    """Rank 0 has spoken, and gives word; the others wait for it."""
-    store, said = dist.distributed_c10d._get_default_store(), "mnist-dist/error-said"
-    deadline = time.monotonic() + 20
-    with contextlib.suppress(RuntimeError):  # rank 0 may have taken the store with it
-        if launch.rank == 0:
-            store.set(said, "")
-        while not store.check([said]) and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-
-def leave(code: int) -> NoReturn:
-    """End this process at once, without the interpreter's own end.
-
-    That would take down NCCL's and gloo's threads: they may wait for the dead for ever, and even
-    after a good run abort the process now and then (seen with torch 2.13 on a busy machine).
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, full, or none
-            stream.flush()
-    os._exit(code)

@@ -1,93 +1,101 @@
-"""What a person sees while it runs: lines, and how far it is. Silent on every rank but 0."""
+"""What the user sees: lines, progress, speed, and a summary at the end. Rank 0 only."""
 
 import contextlib
+import math
 import os
+import shlex
+import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from typing import TextIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-# A terminal's line is drawn anew this often; elsewhere a line is added when none was for so long.
+from mnist_dist.evaluation import Evaluation
+from mnist_dist.optimizer import gradient_norm
+from mnist_dist.sampling import Sharding
+
+# How often a terminal's progress line is redrawn; elsewhere, the longest time without a line.
 _DRAW_EVERY_S = 0.25
 _LINE_EVERY_S = 10.0
 _STYLES = {"faint": "2", "good": "32", "warning": "33"}
 
 
 class Console:
-    """Lines for a person, from rank 0 only."""
+    """Prints lines on rank 0, and nothing on other ranks."""
 
-    def __init__(self, speaks: bool) -> None:
-        """Speak if `speaks`, which is true on rank 0."""
-        self._speaks = speaks
+    def __init__(self, enabled: bool) -> None:
+        """Print if `enabled`, which is true on rank 0."""
+        self.enabled = enabled
         self._warned: set[str] = set()
         self.last_line = time.monotonic()
-        """When the last line was said."""
+        """When the last line was printed, by time.monotonic."""
 
-    def say(self, line: str) -> None:
-        """Print one line, clear of the progress."""
+    def print(self, line: str) -> None:
+        """Print one line above the progress bar."""
         self._write(line, sys.stdout)
 
-    def fact(self, label: str, text: str) -> None:
-        """Print one line of a list: what it is about, and what there is to say about it."""
-        self.say(f"{paint(f'{label:6}', 'faint')} {text}")
+    def print_field(self, label: str, text: str) -> None:
+        """Print a labelled line."""
+        self.print(f"{style(f'{label:6}', 'faint')} {text}")
 
     def warn(self, line: str) -> None:
-        """Print one line of warning on stderr; the same one only once."""
+        """Print a warning on stderr, each text once."""
         if line not in self._warned:
             self._warned.add(line)
-            word = paint("warning:", "warning", sys.stderr)
+            word = style("warning:", "warning", sys.stderr)
             self._write(f"mnist-dist: {word} {line}", sys.stderr)
 
     def _write(self, line: str, stream: TextIO | None) -> None:
-        """A reader that has gone, or a full disk behind `>`, is no reason to stop training."""
-        if self._speaks and stream is not None:
+        """Print to a stream; a closed pipe or a full disk behind `>` does not stop training."""
+        if self.enabled and stream is not None:
             self.last_line = time.monotonic()
             with contextlib.suppress(OSError, ValueError):
                 tqdm.write(line, file=stream)
                 stream.flush()
 
     @contextlib.contextmanager
-    def progress(self, course: "Course") -> Iterator["Progress"]:
-        """Show how far the run is, until the end of the block."""
-        progress = Progress(self, course, self._speaks)
+    def progress(self, length: "RunLength") -> Iterator["Progress"]:
+        """Show progress until the end of the block."""
+        progress = Progress(self, length)
         try:
             yield progress
         finally:
             progress.close()
 
 
-class Course:
-    """How long a run is, and how quickly it has gone since it was started here."""
+class RunLength:
+    """How long a run is, and how fast it has gone since it was started here."""
 
     def __init__(
         self, epochs: int, steps_per_epoch: int, samples_per_epoch: int, ranks: int, done: int
     ) -> None:
-        """A run of so many epochs on `ranks` processes, `done` steps of which were taken before."""
+        """Describe a run on `ranks` processes that starts after `done` steps."""
         self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
         self.steps = epochs * steps_per_epoch
         self.done = done
         self._samples_per_step = samples_per_epoch / steps_per_epoch
-        self.own_samples_per_step = self._samples_per_step / ranks
+        self.local_samples_per_step = self._samples_per_step / ranks
         self._started = time.monotonic()
 
     def name(self, epoch: int) -> str:
-        """Epoch `epoch`, 1 is the first, of how many."""
+        """Return "epoch 3/25" for the third of 25 epochs."""
         return f"epoch {epoch:{len(str(self.epochs))}}/{self.epochs}"
 
     def speed(self, step: int) -> float:
-        """Samples a second from the start until `step`, validation and saving included."""
+        """Return samples per second up to `step`, validation and checkpoints included."""
         return (step - self.done) * self._samples_per_step / self._seconds()
 
     def left(self, step: int) -> str:
-        """How long the rest after `step` will take, at the speed so far; in the end: all."""
+        """Return the estimated time left after `step`, after the last step the total time."""
         if step >= self.steps:
-            return f"{tqdm.format_interval(self._seconds())} in all"
+            return f"{tqdm.format_interval(self._seconds())} total"
         seconds = self._seconds() * (self.steps - step) / max(1, step - self.done)
         return f"{tqdm.format_interval(seconds)} left"
 
@@ -96,27 +104,26 @@ class Course:
 
 
 class Progress:
-    """How far the run is: one line that stays at the bottom of a terminal, or lines now and then.
+    """Shows progress as one line at the bottom of a terminal, elsewhere as a line now and then.
 
-    Between two looks it costs a comparison a step; nothing is computed for it, and no other rank
-    is asked.
+    Between two updates it costs one comparison per step, and never a collective.
     """
 
-    def __init__(self, console: Console, course: Course, speaks: bool) -> None:
+    def __init__(self, console: Console, length: RunLength) -> None:
         self._console = console
-        self._course = course
+        self._length = length
         self._losses: deque[Tensor] = deque(maxlen=100)
         self._bar: tqdm[object] | None = None
         self._next = float("inf")
-        if speaks:
+        if console.enabled:
             interactive = _is_terminal(sys.stdout) and _is_terminal(sys.stderr)
             self._every = _DRAW_EVERY_S if interactive else _LINE_EVERY_S
             self._next = time.monotonic() + self._every
             if interactive:
-                self._bar = _bar(course)
+                self._bar = _bar(length)
 
     def step(self, step: int, loss_sum: Tensor) -> None:
-        """Note optimizer step `step` of the run; `loss_sum` as `train_epoch` yields it."""
+        """Record optimizer step `step` of the run and this rank's summed loss, () float32."""
         if self._next == float("inf"):
             return
         self._losses.append(loss_sum)
@@ -125,64 +132,64 @@ class Progress:
             self._show(step, now)
 
     def _show(self, step: int, now: float) -> None:
-        quiet_since = self._console.last_line
-        if self._bar is None and now - quiet_since < self._every:
-            self._next = quiet_since + self._every
+        last_line = self._console.last_line
+        if self._bar is None and now - last_line < self._every:
+            self._next = last_line + self._every
             return
         self._next = now + self._every
-        course = self._course
-        samples = len(self._losses) * course.own_samples_per_step
+        length = self._length
+        samples = len(self._losses) * length.local_samples_per_step
         loss = float(torch.stack(list(self._losses)).sum()) / samples
         text = (
-            f"step {step:,}/{course.steps:,}  loss {loss:.4f}  "
-            f"{course.speed(step):,.0f} samples/s  {course.left(step)}"
+            f"step {step:,}/{length.steps:,}  loss {loss:.4f}  "
+            f"{length.speed(step):,.0f} samples/s  {length.left(step)}"
         )
-        name = course.name(min((step - 1) // course.steps_per_epoch + 1, course.epochs))
+        name = length.name(min((step - 1) // length.steps_per_epoch + 1, length.epochs))
         if self._bar is None:
-            self._console.say(f"  in {name}  {text}")
+            self._console.print(f"  in {name}  {text}")
         else:
             with contextlib.suppress(OSError, ValueError):
                 self._bar.n = step
                 self._bar.set_description_str(f"{name}  {text}")
 
-    def epoch(self, epoch: int, step: int, figures: Mapping[str, float], best: bool) -> None:
-        """Say a finished epoch's figures, by their tags."""
-        speed = figures.get("perf/samples_per_second")
+    def epoch(self, epoch: int, step: int, metrics: Mapping[str, float], best: bool) -> None:
+        """Print a finished epoch's metrics, given by tag."""
+        speed = metrics.get("perf/samples_per_second")
         shown = "" if speed is None else f"{speed:,.0f} samples/s  "
-        validation = f"{figures['val/loss']:.4f}, {figures['val/accuracy']:6.2%}"
-        self._console.say(
-            f"{self._course.name(epoch)}  step {step:,}  train loss {figures['train/loss']:.4f}  "
-            f"val loss {paint(validation, 'good') if best else validation}  "
-            f"{shown}{self._course.left(step)}"
+        validation = f"{metrics['val/loss']:.4f}, {metrics['val/accuracy']:6.2%}"
+        self._console.print(
+            f"{self._length.name(epoch)}  step {step:,}  train loss {metrics['train/loss']:.4f}  "
+            f"val loss {style(validation, 'good') if best else validation}  "
+            f"{shown}{self._length.left(step)}"
         )
 
     def close(self) -> None:
-        """Leave a terminal as if there had been no progress."""
+        """Remove the progress line from the terminal."""
         if self._bar is not None:
             with contextlib.suppress(OSError, ValueError):
                 self._bar.close()
 
 
-def _bar(course: Course) -> "tqdm[object]":
+def _bar(length: RunLength) -> "tqdm[object]":
     return tqdm(
-        total=course.steps,
-        initial=course.done,
+        total=length.steps,
+        initial=length.done,
         leave=False,
         dynamic_ncols=True,
         bar_format="{desc} {percentage:3.0f}% {bar:20}",
     )
 
 
-def paint(text: str, style: str, stream: TextIO | None = None) -> str:
-    """`text` in a style of _STYLES, where its reader sees colours.
+def style(text: str, name: str, stream: TextIO | None = None) -> str:
+    """Return `text` in a style of _STYLES, where colours are shown.
 
-    That is on a terminal or where FORCE_COLOR is set, unless NO_COLOR (https://no-color.org) is.
+    That is on a terminal or with FORCE_COLOR set, unless NO_COLOR is (https://no-color.org).
     """
     stream = sys.stdout if stream is None else stream
     wanted = _is_terminal(stream) or bool(os.environ.get("FORCE_COLOR"))
     if not wanted or os.environ.get("NO_COLOR"):
         return text
-    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+    return f"\x1b[{_STYLES[name]}m{text}\x1b[0m"
 
 
 def _is_terminal(stream: TextIO | None) -> bool:
@@ -190,3 +197,119 @@ def _is_terminal(stream: TextIO | None) -> bool:
         return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
     except ValueError:  # closed
         return False
+
+
+class EpochTimer:
+    """Measures how fast one epoch is trained on this rank."""
+
+    def __init__(
+        self, sharding: Sharding, first_batch: int, all_reduce_seconds: Callable[[], float | None]
+    ) -> None:
+        """Start, before global batch `first_batch` of the epoch."""
+        self._sharding = sharding
+        self._first_batch = first_batch
+        self._all_reduce_seconds = all_reduce_seconds
+        self._all_reduced = all_reduce_seconds()
+        self._started = time.perf_counter()
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """Return the epoch's metrics by tag, once it is trained.
+
+        To be called before any rank takes another step, which may overwrite the gradients. There
+        are no metrics if the epoch had no step here: a stop may come after an epoch's last one.
+        """
+        seconds = time.perf_counter() - self._started
+        steps = self._sharding.steps_per_epoch - self._first_batch
+        if steps == 0:
+            return {}
+        metrics = {
+            "perf/samples_per_second": self._sharding.samples_from(self._first_batch) / seconds,
+            "perf/step_ms": 1e3 * seconds / steps,
+        }
+        before, now = self._all_reduced, self._all_reduce_seconds()
+        if self._sharding.world_size > 1 and before is not None and now is not None:
+            metrics["perf/communication_share"] = (now - before) / seconds
+        if (norm := gradient_norm(model.parameters())) is not None:
+            metrics["train/gradient_norm"] = norm
+        return metrics
+
+
+Field = tuple[str, str]
+"""A label and a text, as `Console.print_field` takes them."""
+
+_SHOWN_CONFUSIONS = 5
+
+
+def summary_fields(
+    records: Sequence[Mapping[str, Any]], best_epoch: int, result: Evaluation
+) -> list[Field]:
+    """Return the results of a finished run.
+
+    Args:
+        records: of all epochs, as in metrics.jsonl.
+        best_epoch: the number of the epoch with the weights in best.pt.
+        result: of those weights on the test split.
+    """
+    accuracy = f"accuracy {result.accuracy:.2%} of {result.count:,} digits"
+    test = f"loss {result.loss:.4f}, {accuracy} (best.pt: weights of epoch {best_epoch})"
+    return [
+        *_validation_fields(records, best_epoch),
+        ("test", test),
+        ("digits", _by_digit(result.accuracy_by_class)),
+        ("errors", _confusions(result.confusions)),
+    ]
+
+
+def _validation_fields(records: Sequence[Mapping[str, Any]], best_epoch: int) -> list[Field]:
+    """Describe the best and the final epoch."""
+    shown = {record["epoch"]: record for record in records if "val/loss" in record}
+    if not shown:
+        return []
+    final = max(shown)
+    epochs = {"best": best_epoch} | ({"final": final} if final != best_epoch else {})
+    return [
+        (
+            label,
+            f"val loss {shown[epoch]['val/loss']:.4f}, accuracy "
+            f"{shown[epoch]['val/accuracy']:.2%} in epoch {epoch}"
+            + (", the last" if epoch == final else ""),
+        )
+        for label, epoch in epochs.items()
+        if epoch in shown
+    ]
+
+
+def _by_digit(accuracies: Sequence[float]) -> str:
+    known = enumerate(accuracies)
+    return "  ".join(f"{digit}: {share:.1%}" for digit, share in known if not math.isnan(share))
+
+
+def _confusions(worst: Sequence[tuple[int, int, int]]) -> str:
+    """Describe (samples, label, predicted), the most frequent first, in one line."""
+    errors = sum(count for count, _, _ in worst)
+    if not errors:
+        return "none"
+    named = [f"{label} predicted as {predicted}: {count}" for count, label, predicted in worst]
+    return f"{errors:,} total; {', '.join(named[:_SHOWN_CONFUSIONS])}"
+
+
+def tensorboard_command(run: str) -> str:
+    """Return the command that shows the run in directory `run` next to its neighbours."""
+    return f"tensorboard --logdir {shlex.quote(str(Path(run).parent))}"
+
+
+def next_commands(run: str, train: str, longer: int | None) -> list[Field]:
+    """Return the commands that show a run, evaluate it, and train it longer.
+
+    Args:
+        run: its directory.
+        train: the command that trains, up to its flags; "" if only the user knows it.
+        longer: a number of epochs to extend it to; None if it cannot be extended.
+    """
+    quoted = shlex.quote(run)
+    ours = "mnist-dist" if shutil.which("mnist-dist") else "python -m mnist_dist"
+    fields = [("view", tensorboard_command(run)), ("check", f"{ours} evaluate {quoted}")]
+    if longer is not None:
+        same = f"{train} --config {quoted}/config.json" if train else "the same command with"
+        fields.append(("extend", f"{same} --run-dir {quoted} --epochs {longer}"))
+    return fields

@@ -1,65 +1,77 @@
-"""The directory of one run: found or made, what is in it besides checkpoints and metrics."""
+"""The directory of one run: found or created, locked, and everything that is written into it."""
 
 import contextlib
-import hashlib
 import json
 import os
-import platform
 import re
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy
-import torch
 from filelock import FileLock, Timeout
 
-from mnist_dist import __version__
 from mnist_dist.atomic import write_atomically
-from mnist_dist.errors import UserError
+from mnist_dist.distributed.failures import LostContactError
+from mnist_dist.errors import JobError, ReportedError, UserError
+from mnist_dist.run.checkpoint import CheckpointStore
+from mnist_dist.run.environment import environment_facts
+from mnist_dist.run.metrics import MetricsWriter
+from mnist_dist.run.state import TrainState
 
 Status = Literal["running", "completed", "preempted", "failed"]
 
 
 class RunDirectory:
-    """One run's directory. Every rank may name it; only rank 0 opens it, reads and writes."""
+    """Everything a run leaves behind. Every rank may name it; only rank 0 opens it and writes."""
 
-    def __init__(self, path: Path) -> None:
-        """Name the directory; nothing is touched before `open`."""
+    def __init__(self, path: Path, keep_checkpoints: int, warn: Callable[[str], None]) -> None:
+        """Name the directory; nothing is touched before `open`.
+
+        Args:
+            path: of the directory.
+            keep_checkpoints: how many of the newest checkpoints to keep.
+            warn: prints a warning.
+        """
         self.path = path
+        self.checkpoints = CheckpointStore(path / "checkpoints", keep_checkpoints)
+        self.writer = MetricsWriter(path, warn)
+        self.state: TrainState | None = None
+        """The state of the run, once it has started here."""
+        self._warn = warn
         self._lock: FileLock | None = None
 
     def __str__(self) -> str:
-        """The path as a person would type it: relative when it is below the current directory."""
+        """Return the path as a user would type it: relative if below the current directory."""
         here = Path.cwd()
         return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
 
     def open(self) -> None:
-        """Make the directory and keep other jobs out of it until this process ends.
+        """Create the directory or take over that of an earlier start, and lock it.
+
+        Temporary files left by a killed process are deleted.
 
         Raises:
             UserError: it cannot be written, is not a run's, or another job has it open.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            ours = self.status is not None or (self.path / "checkpoints").exists()
-            if (self.path / "config.json").exists() and not ours:
+            is_run = self.status is not None or (self.path / "checkpoints").exists()
+            if (self.path / "config.json").exists() and not is_run:
                 raise UserError(
                     f"--run-dir {self.path}: holds a config.json but no status.json that can be "
                     "read, so it is not a run's; name another"
                 )
             self._lock = _lock(self.path)
         except OSError as error:
-            file = self.path.exists() and not self.path.is_dir()
-            why = "is a file" if file else error.strerror
+            is_file = self.path.exists() and not self.path.is_dir()
+            reason = "is a file" if is_file else error.strerror
             raise UserError(
-                f"--run-dir {self.path}: {why}; name a directory that can be written"
+                f"--run-dir {self.path}: {reason}; name a directory that can be written"
             ) from error
+        self.checkpoints.open()
 
     @property
     def status(self) -> str | None:
@@ -68,66 +80,163 @@ class RunDirectory:
 
     @property
     def had_checkpoint(self) -> bool:
-        """Whether the run got so far, by its status or, if that is lost, by its metrics."""
-        told = _read_status_file(self.path)
-        if told:
-            ended_saved = told.get("status") in ("completed", "preempted")
-            return ended_saved or told.get("saved_step") is not None
+        """Whether the run has ever saved one, by its status or, if that is lost, its metrics."""
+        status = _read_status_file(self.path)
+        if status:
+            ended_saved = status.get("status") in ("completed", "preempted")
+            return ended_saved or status.get("saved_step") is not None
         metrics = self.path / "metrics.jsonl"
         return metrics.is_file() and metrics.stat().st_size > 0
 
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Replace the file `name` atomically."""
-        write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
-
-    def write_status(
+    def start(
         self,
-        status: Status,
-        epoch: int,
-        step: int,
-        saved_step: int | None,
-        resumable: bool,
-        reason: str,
+        state: TrainState,
+        config: Mapping[str, Any],
+        world: Mapping[str, Any],
+        hparams: Mapping[str, Any],
     ) -> None:
-        """Say in status.json how the run stands.
+        """Record that a run starts or continues, and open its metrics.
+
+        Args:
+            state: of the run, now and later.
+            config: every setting.
+            world: describes the processes.
+            hparams: what TensorBoard compares runs by.
+
+        Raises:
+            JobError: the directory cannot be written.
+        """
+        environment = environment_facts() | dict(world)
+        with self._failing():
+            # Status first: it marks the directory as a run's, whenever this process dies.
+            self._write_status("running", state.epoch, state.step, "training")
+            self._write_json("config.json", config)
+            self._write_json("environment.json", environment)
+            self.state = state
+            self.writer.open(state.step, {"config": config, "environment": environment}, hparams)
+
+    def save_checkpoint(
+        self, saved: dict[str, Any], metrics: Mapping[str, float], best: bool, newest: bool
+    ) -> None:
+        """Start to write the checkpoints asked for. A failure is a warning; `flush` raises it."""
+        assert self.state is not None
+        epoch, step = self.state.epoch, self.state.step
+        try:
+            self.checkpoints.save(saved, step, metrics, best, newest)
+            if newest:
+                self.checkpoints.afterwards(
+                    partial(self._write_status, "running", epoch, step, "training")
+                )
+        except OSError as error:
+            self._warn(f"a checkpoint could not be written ({_reason(error)}); training goes on")
+
+    def flush(self) -> None:
+        """Wait until every checkpoint is on disk.
+
+        Raises:
+            JobError: one could not be written.
+        """
+        with self._failing():
+            self.checkpoints.flush()
+
+    def load_best(self) -> dict[str, Any]:
+        """Return the state in best.pt, once everything saved is on disk.
+
+        Raises:
+            JobError: a checkpoint could not be written.
+            UserError: best.pt is missing or damaged.
+        """
+        self.flush()
+        return self.checkpoints.load_best()
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Mark the run as completed; `results` are for TensorBoard's texts."""
+        assert self.state is not None
+        with self._failing():
+            self.writer.close(self.state.step, {"results": results})
+            epoch, step = self.state.epoch, self.state.step
+            self._write_status("completed", epoch, step, "all epochs done", False)
+
+    def end(self, error: BaseException) -> None:
+        """Record why the run ended early, if it had started and its disk can still be written."""
+        if self.state is None:
+            return
+        explained = isinstance(error, ReportedError | LostContactError)
+        status = error.status if isinstance(error, ReportedError) else "failed"
+        resumable = status == "preempted" or isinstance(error, LostContactError)
+        reason = str(error) if explained else repr(error)
+        with contextlib.suppress(OSError):
+            self.checkpoints.flush()
+        with contextlib.suppress(OSError):
+            self._write_status(status, self.state.epoch, self.state.step, reason, resumable)
+
+    def _write_status(
+        self, status: Status, epoch: int, step: int, reason: str, resumable: bool = True
+    ) -> None:
+        """Write status.json.
 
         Args:
             status: the state of the run.
             epoch: epochs finished.
             step: optimizer steps taken.
-            saved_step: the step of the newest checkpoint, from which the run would continue.
-            resumable: the same command may get further, though nobody mends anything first:
-                launch scripts requeue by it.
-            reason: why, for a person.
+            reason: for the user.
+            resumable: the same command may get further without anything being fixed first; launch
+                scripts requeue by it.
         """
-        about = {"status": status, "epoch": epoch, "step": step, "saved_step": saved_step}
-        why = {"resumable": resumable, "reason": reason, "time": time.time()}
-        self.write_json("status.json", about | why)
+        saved_step = self.checkpoints.newest_step
+        content: dict[str, Any] = {
+            "status": status,
+            "epoch": epoch,
+            "step": step,
+            "saved_step": saved_step,
+        }
+        content |= {"resumable": resumable, "reason": reason, "time": time.time()}
+        self._write_json("status.json", content)
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Raise an OSError in the block as a JobError."""
+        try:
+            yield
+        except OSError as error:
+            intact = self.checkpoints.newest_step is not None
+            kept = "; the checkpoints in it are intact" if intact else ""
+            raise JobError(
+                f"{self} cannot be written ({_reason(error)}){kept}: fix that and run the same "
+                "command again"
+            ) from error
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror or str(error)
 
 
 def read_status(path: Path) -> str | None:
-    """The status in the run directory `path`; None if it is not a run's directory."""
-    told = _read_status_file(path)
-    return str(told["status"]) if "status" in told else None
+    """Return the status in the run directory `path`, None if it is not a run's directory."""
+    status = _read_status_file(path)
+    return str(status["status"]) if "status" in status else None
 
 
 def _read_status_file(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        told = json.loads((path / "status.json").read_text())
-        return told if isinstance(told, dict) else {}
+        status = json.loads((path / "status.json").read_text())
+        return status if isinstance(status, dict) else {}
     return {}
 
 
 def find_run_directory(run_dir: str | None, job_id: str | None) -> Path:
-    """The directory the user named, that of an earlier start of the same job, or a new name.
+    """Return the directory the user named, that of an earlier start of this job, or a new name.
 
     Args:
         run_dir: as the user gave it, or None for `runs/<timestamp>_<launch id>`.
         job_id: the same for every restart of the job, so that a restart finds its unfinished run;
-            None if the launcher names nothing of the kind.
+            None if the launcher provides no such name.
 
     Returns:
-        An absolute path; nothing is made.
+        An absolute path; nothing is created.
     """
     chosen = Path(run_dir).expanduser() if run_dir is not None else _default_path(job_id)
     return chosen.absolute()
@@ -146,51 +255,14 @@ def _default_path(job_id: str | None) -> Path:
 
 
 def _lock(path: Path) -> FileLock:
-    """Hold the directory for this process; the kernel frees it when the process dies."""
+    """Lock the directory for this process; the kernel unlocks it when the process dies."""
     lock = FileLock(path / ".lock")
     try:
-        lock.acquire(timeout=10)  # a process killed just now may take a moment to be gone
+        lock.acquire(timeout=10)  # a process just killed may take a moment to exit
     except Timeout:
         raise UserError(
-            f"--run-dir {path}: another job is writing there; name another, or wait for its end"
+            f"--run-dir {path}: another job is writing there; name another, or wait until it ends"
         ) from None
-    except NotImplementedError:  # a file system without locks: go on without
+    except NotImplementedError:  # a file system without locks: continue without
         pass
     return lock
-
-
-def code_digest() -> str:
-    """SHA-256 (hex) of this package's sources: equal on hosts that run the same code."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def environment_facts() -> dict[str, Any]:
-    """What the figures of a run may depend on beside its configuration."""
-    return {
-        "mnist_dist": __version__,
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "cuda": torch.version.cuda,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "host": socket.gethostname(),
-        "platform": platform.platform(),
-        "command": sys.argv,
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of this code's checkout, "-dirty" if it was changed; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
-        return done.stdout.strip() or None
-    return None

@@ -1,34 +1,34 @@
-"""A trace of some training steps, to be looked at in TensorBoard's profiler plugin or Perfetto."""
+"""A trace of some training steps, for TensorBoard's profiler plugin or Perfetto."""
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
-# The first steps allocate, and are not like the others.
-_FIRST, _COUNT = 10, 20
+# The first steps allocate memory and are slower than the rest.
+_SKIPPED, _TRACED = 10, 20
 
 
-def profiled(steps: Iterable[T], directory: Path) -> Iterator[T]:
-    """`steps` itself; the operations of its steps 10 to 30 are written to `directory`.
+def profile_steps(step: Callable[..., T], directory: Path) -> Callable[..., T]:
+    """Return `step` with its calls 10 to 30 traced into `directory`.
 
-    Args:
-        steps: at least 30; fewer leave no file.
-        directory: made if need be; the file's name in it is one that TensorBoard's plugin knows.
-
-    Raises:
-        OSError: the file cannot be written.
+    Fewer calls leave no file. Once written, the file has a name that TensorBoard's plugin knows.
     """
-    from torch.profiler import profile  # takes long to import, and is seldom used
+    from torch.profiler import profile, schedule  # slow to import, and rarely used
 
-    with contextlib.ExitStack() as running:
-        trace = None
-        for number, result in enumerate(steps):
-            if trace is not None and number == _FIRST + _COUNT:
-                running.close()
-                directory.mkdir(parents=True, exist_ok=True)
-                trace.export_chrome_trace(str(directory / "rank0.pt.trace.json.gz"))
-            elif number == _FIRST:
-                trace = running.enter_context(profile())
-            yield result
+    def export(trace: Any) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        trace.export_chrome_trace(str(directory / "rank0.pt.trace.json.gz"))
+
+    profiler = profile(
+        schedule=schedule(skip_first=_SKIPPED - 1, wait=0, warmup=1, active=_TRACED, repeat=1),
+        on_trace_ready=export,
+    )
+    profiler.start()
+
+    def profiled_step(*args: Any) -> T:
+        result = step(*args)
+        profiler.step()
+        return result
+
+    return profiled_step

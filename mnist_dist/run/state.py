@@ -1,4 +1,4 @@
-"""TrainState: everything a resume needs, one object."""
+"""TrainState: everything a resume needs, in one object."""
 
 import hashlib
 import math
@@ -20,72 +20,75 @@ _DIGEST = 32  # bytes of a SHA-256
 
 @dataclass(frozen=True)
 class _Ranks:
-    """What differs between ranks after optimizer step `step`, by rank."""
+    """What differs between ranks after optimizer step `step`."""
 
     step: int
     contents: list[Tensor]
-    """As `TrainState._own` makes them, uint8."""
+    """Each rank's `TrainState._local_bytes`, in rank order."""
 
     @property
     def loss_sums(self) -> list[float]:
-        """Sums of cross entropies over the steps of the epoch."""
+        """Each rank's summed loss over the steps of the epoch."""
         return [as_numbers(content[:8])[0] for content in self.contents]
 
     @property
     def random_states(self) -> list[Tensor]:
-        """For torch.set_rng_state."""
+        """Each rank's state for torch.set_rng_state."""
         return [content[8:].clone() for content in self.contents]
 
 
 @dataclass
 class TrainState:
-    """Where the run is. A checkpoint is this object; a resume is loading it back."""
+    """Where the run is. A checkpoint is this object; a resume loads it back."""
 
     model: nn.Module
     """The bare model, not its DistributedDataParallel wrapper."""
     optimizer: Optimizer
     scheduler: LRScheduler | None
-    identity: dict[str, Any]
-    """What the maths depends on, by the flag's name: a resume must agree with it."""
+    hyperparameters: dict[str, Any]
+    """What the results depend on, by flag name, and the data: a resume must have the same."""
     epoch: int = 0
     """Epochs finished."""
     batch: int = 0
-    """Global batches of the current epoch already done."""
+    """Global batches of the current epoch already trained on."""
     step: int = 0
     """Optimizer steps since the start of the run."""
     best_loss: float = float("inf")
     best_epoch: int = 0
     """Validation loss of the best epoch so far, and its number (1 = the first)."""
     loss_sum: float = 0.0
-    """This rank's sum of cross entropies over the settled steps of the current epoch."""
-    _unsettled: list[Tensor] = field(default_factory=list)
-    """The same of single steps, still on the device: to read one waits for the device."""
+    """This rank's summed loss over the drained steps of the current epoch."""
+    _losses: list[Tensor] = field(default_factory=list)
+    """Losses of single steps, still on the device: reading one waits for the device."""
     _ranks: _Ranks | None = None
     """What was last known of all ranks."""
 
     def count_step(self, loss_sum: Tensor) -> None:
-        """Take one optimizer step into account; `loss_sum` as `train_epoch` yields it."""
-        self._unsettled.append(loss_sum)
+        """Count one optimizer step with this rank's summed loss, () float32."""
+        self._losses.append(loss_sum)
         self.batch += 1
         self.step += 1
 
-    def settle(self) -> int | None:
-        """Read the losses of the steps since the last call; the first step whose was not finite.
+    def drain_losses(self) -> int | None:
+        """Read the losses of the steps since the last call from the device.
 
-        They are added one by one in float64, so where one settles does not change the sum.
+        They are added one by one in float64, so the sum does not depend on when this is called.
+
+        Returns:
+            The first step with a loss that is not finite, None if all are.
         """
-        if not self._unsettled:
+        if not self._losses:
             return None
-        losses = torch.stack(self._unsettled).tolist()
+        losses = torch.stack(self._losses).tolist()
         first = self.step - len(losses) + 1
-        self._unsettled.clear()
+        self._losses.clear()
         for loss in losses:
             self.loss_sum += loss
         bad = [first + n for n, loss in enumerate(losses) if not math.isfinite(loss)]
         return bad[0] if bad else None
 
     def finish_epoch(self, loss: float) -> bool:
-        """Close the epoch with its validation loss; True if that is the best so far."""
+        """End the epoch with its validation loss; return whether that is the best so far."""
         self.epoch += 1
         self.batch = 0
         self.loss_sum = 0.0
@@ -95,51 +98,50 @@ class TrainState:
         return True
 
     def weights_digest(self) -> str:
-        """SHA-256 (hex) of the model: equal on two ranks only if every bit is."""
+        """Return the SHA-256 (hex) of the model: equal on two ranks only if every bit is."""
         digest = hashlib.sha256()
         for tensor in self.model.state_dict().values():
             digest.update(tensor.detach().cpu().contiguous().numpy().reshape(-1).data)
         return digest.hexdigest()
 
-    def notes(self, world: World) -> Tensor:
-        """What the ranks are to know of each other after an epoch's steps, for `compare`: uint8."""
+    def sync_payload(self, world: World) -> Tensor:
+        """Return what the ranks exchange after an epoch's steps, for `finish_sync`: uint8."""
         digest = bytes.fromhex(self.weights_digest()) if world.world_size > 1 else bytes(_DIGEST)
-        return torch.cat([torch.tensor(list(digest), dtype=torch.uint8), self._own()])
+        return torch.cat([torch.tensor(list(digest), dtype=torch.uint8), self._local_bytes()])
 
-    def compare(self, notes: list[Tensor]) -> tuple[float, list[int]]:
-        """Take in the `notes` of all ranks, in rank order.
+    def finish_sync(self, payloads: list[Tensor]) -> tuple[float, list[int]]:
+        """Take in the `sync_payload` of all ranks, in rank order.
 
         Returns:
-            The sum of the epoch's cross entropies over all ranks; the ranks whose weights differ,
-            in any bit, from those that most ranks have.
+            The epoch's summed loss over all ranks; and the diverged ranks, whose weights differ in
+            any bit from those that most ranks have.
         """
-        digests = [theirs[:_DIGEST].tolist() for theirs in notes]
-        usual = max(digests, key=digests.count)
-        apart = [rank for rank, digest in enumerate(digests) if digest != usual]
-        ranks = _Ranks(self.step, [theirs[_DIGEST:] for theirs in notes])
-        self._ranks = ranks
-        return sum(ranks.loss_sums), apart
+        digests = [payload[:_DIGEST].tolist() for payload in payloads]
+        common = max(digests, key=digests.count)
+        diverged = [rank for rank, digest in enumerate(digests) if digest != common]
+        self._ranks = _Ranks(self.step, [payload[_DIGEST:] for payload in payloads])
+        return sum(self._ranks.loss_sums), diverged
 
-    def _own(self) -> Tensor:
-        """What differs between ranks, as bytes for `_Ranks`."""
+    def _local_bytes(self) -> Tensor:
+        """Return what differs between ranks, as bytes for `_Ranks`."""
         return torch.cat([as_bytes([self.loss_sum]), torch.get_rng_state()])
 
     def state_dict(self, world: World) -> dict[str, Any]:
-        """The whole state as tensors and plain types; every rank must take part.
+        """Return the whole state as tensors and plain types; every rank must call this.
 
         Model and optimizer are equal on all ranks. What is not, the random state and the partial
         loss, is listed in rank order, so that a resume at the same world size is bitwise. After
-        `compare` it is known; else it is gathered here.
+        `finish_sync` it is known; otherwise it is gathered here.
         """
         if self._ranks is None or self._ranks.step != self.step:
-            self._ranks = _Ranks(self.step, world.gather_tensors(self._own()))
+            self._ranks = _Ranks(self.step, world.gather_tensors(self._local_bytes()))
         ranks = self._ranks
         return {
             "format": FORMAT,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
-            "identity": dict(self.identity),
+            "identity": dict(self.hyperparameters),  # the key is part of the file format
             "epoch": self.epoch,
             "batch": self.batch,
             "step": self.step,
@@ -150,15 +152,15 @@ class TrainState:
         }
 
     def load_state_dict(self, saved: dict[str, Any], world: World) -> None:
-        """Continue from `saved`.
+        """Continue from `saved`, a `state_dict`.
 
-        At another world size the partial loss goes to rank 0 as one sum and the random state is
-        seeded from the step: the model draws nothing random during training.
+        At another world size the partial loss goes to rank 0 as one sum, and the random state is
+        seeded from the step: the model draws no random numbers during training.
 
         Raises:
-            UserError: `saved` comes from a run that computes something else.
+            UserError: `saved` is from a run with other results.
         """
-        self._require_same_run(saved)
+        self._check_same_run(saved)
         if fault := difference(saved["model"], self.model):
             raise UserError(
                 f"--run-dir: its checkpoint holds another model than {type(self.model).__name__}: "
@@ -174,17 +176,17 @@ class TrainState:
             torch.set_rng_state(saved["rng"][world.rank])
             self.loss_sum = saved["loss_sums"][world.rank]
         else:
-            torch.manual_seed(self.identity["seed"] + self.step)
-            self.loss_sum = sum(saved["loss_sums"]) if world.is_main else 0.0
+            torch.manual_seed(self.hyperparameters["seed"] + self.step)
+            self.loss_sum = sum(saved["loss_sums"]) if world.is_main_process else 0.0
 
-    def _require_same_run(self, saved: dict[str, Any]) -> None:
+    def _check_same_run(self, saved: dict[str, Any]) -> None:
         if saved.get("format") != FORMAT:
             raise UserError(
                 f"--run-dir: its checkpoint has format {saved.get('format')}, this version reads "
                 f"{FORMAT}; continue it with the version that wrote it"
             )
         for name, before in saved["identity"].items():
-            now = self.identity.get(name)
+            now = self.hyperparameters.get(name)
             if now == before:
                 continue
             if name == "data":

@@ -14,8 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train_ddp
-from mnist_dist import augmentation, model
-from mnist_dist import evaluation as engine
+from mnist_dist import model
 from mnist_dist.run.state import TrainState
 
 _AT_BATCH = 5
@@ -30,15 +29,22 @@ def main() -> int:
 
 def at_batch(act: Any) -> None:
     """Let `act` change the pixels of one training batch."""
-    original, seen = augmentation.shifted, 0
+    original, seen = train_ddp.train_step, 0
 
-    def shifted(images: torch.Tensor, down: int, right: int) -> torch.Tensor:
+    def train_step(
+        ddp_model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
         nonlocal seen
         seen += 1
-        result = original(images, down, right)
-        return act(result) if seen == _AT_BATCH else result
+        if seen == _AT_BATCH:
+            images = act(images)
+        return original(ddp_model, optimizer, images, labels, scale)
 
-    engine.shifted = shifted  # type: ignore[attr-defined]
+    train_ddp.train_step = train_step
 
 
 def raise_error(_: list[str]) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from processes import completed_run, metrics, run_job, run_ranks
+from torch.utils.data import DistributedSampler
 
 from mnist_dist.distributed.sync import StopRequest
-from mnist_dist.sampling import Sharding
 
 SMALL = ["--data=bundled", "--train-samples=43", "--global-batch-size=8", "--epochs=2"]
 RECIPE = ["--recipe=tuned", "--lr=0.05"]
@@ -91,23 +91,25 @@ def train_and_count(flags: list[str], stop_after: int) -> tuple[int, list[tuple[
     It is asked to stop while it works on its `stop_after`-th batch.
     """
     import train_ddp
-    from mnist_dist import evaluation as engine
-    from mnist_dist.augmentation import shifted
-    from mnist_dist.distributed import sync as interruption
+    from mnist_dist.distributed import sync
 
-    interruption._PERIOD_S = interruption._PERIOD_ALONE_S = (
-        0.0  # the ranks compare notes after every step
-    )
-    indices = Sharding.epoch_indices
+    sync._PERIOD_S = sync._PERIOD_SINGLE_S = 0.0  # the ranks sync after every step
     used: list[tuple[int, int]] = []
     epoch, batches = -1, 0
     heard, receive = threading.Event(), StopRequest._receive
+    train_step, set_epoch = train_ddp.train_step, DistributedSampler.set_epoch
 
     def noted_signal(self: StopRequest, number: int) -> None:
         receive(self, number)
         heard.set()
 
-    def counted(images: torch.Tensor, down: int, right: int) -> torch.Tensor:
+    def counted(
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
         nonlocal batches
         numbers = (images[:, 0] * 256 * 256 + images[:, 1] * 256).int().tolist()
         used.extend((epoch, number) for number in numbers)
@@ -115,16 +117,16 @@ def train_and_count(flags: list[str], stop_after: int) -> tuple[int, list[tuple[
         if batches == stop_after and os.environ.get("RANK", "0") == "0":
             os.kill(os.getpid(), signal.SIGTERM)
             assert heard.wait(60)  # by the thread that reads signals
-        return shifted(images, down, right)
+        return train_step(model, optimizer, images, labels, scale)
 
-    def noted_indices(self: Sharding, number: int) -> torch.Tensor:
+    def noted_epoch(self: Any, number: int) -> None:
         nonlocal epoch
         epoch = number
-        return indices(self, epoch=number)
+        set_epoch(self, number)
 
-    engine.shifted = counted  # type: ignore[attr-defined]
+    train_ddp.train_step = counted
     StopRequest._receive = noted_signal  # type: ignore[method-assign]
-    Sharding.epoch_indices = noted_indices  # type: ignore[method-assign, assignment]
+    DistributedSampler.set_epoch = noted_epoch  # type: ignore[method-assign]
     return train_ddp.main(flags) or 0, used
 
 

@@ -9,9 +9,9 @@ from processes import ROOT
 # From the ground up: a room may import from the layers below its own, and inside a layer from the
 # rooms before it.
 LAYERS = [
-    ["errors", "atomic", "flags", "config"],
+    ["errors", "atomic", "flags", "config", "torch_internals"],
     ["model", "optimizer", "distributed", "data"],
-    ["augmentation", "sampling", "fast", "steps", "run", "evaluation"],
+    ["sampling", "evaluation", "fast", "run"],
     ["job", "train_ddp", "commands", "__main__"],
 ]
 LEVEL = {name: level for level, name in enumerate(room for layer in LAYERS for room in layer)}

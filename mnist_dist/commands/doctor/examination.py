@@ -44,7 +44,7 @@ from mnist_dist.commands.doctor.table import Table
 from mnist_dist.commands.doctor.wording import by_host, counted, introduce, name_ranks
 from mnist_dist.distributed.failures import brief, lost_contact
 from mnist_dist.distributed.rendezvous import meet
-from mnist_dist.distributed.world import World, exit_with_error, form_group, leave
+from mnist_dist.distributed.world import World, exit_with_error, leave
 from mnist_dist.errors import MeetingError, ReportedError, UserError
 from mnist_dist.flags import parse_flags
 
@@ -304,7 +304,7 @@ class Examination:
             # NCCL's own watch would end the process before it could say anything.
             patience = seconds if backend == "gloo" else 10 * self.config.timeout
             try:
-                worlds.append(form_group(self.launch, device, backend, store, patience))
+                worlds.append(init_process_group(self.launch, device, backend, store, patience))
             except RuntimeError as error:
                 return {"error": brief(error)}
             return sums.by_backend(worlds[0])

@@ -1,0 +1,69 @@
+"""The names of torch that are not part of its public interface, all in one place.
+
+`NAMES` lists them; tests/unit/test_torch_internals.py resolves each, so that a release of torch
+that drops one fails a test that names it.
+"""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+NAMES = (
+    "torch._foreach_add",
+    "torch._foreach_add_",
+    "torch._foreach_mul_",
+    "torch._log_softmax",
+    "torch._log_softmax_backward_data",
+    "torch.ops.aten.nll_loss_forward.default",
+    "torch.ops.aten.nll_loss_backward.default",
+    "torch.ops.aten.threshold_backward.default",
+    "torch.distributed.distributed_c10d._set_pg_timeout",
+    "torch.distributed.distributed_c10d._get_default_store",
+    "torch.optim.SGD.step.hooked",
+)
+
+foreach_add: Callable[..., Any] = torch._foreach_add
+foreach_add_: Callable[..., None] = torch._foreach_add_
+foreach_mul_: Callable[..., None] = torch._foreach_mul_
+log_softmax: Callable[..., Tensor] = torch._log_softmax
+log_softmax_backward: Callable[..., Tensor] = torch._log_softmax_backward_data
+nll_loss_forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten.nll_loss_forward.default
+nll_loss_backward: Callable[..., Tensor] = torch.ops.aten.nll_loss_backward.default
+threshold_backward: Callable[..., Tensor] = torch.ops.aten.threshold_backward.default
+
+
+def set_group_timeout(seconds: float) -> None:
+    """Set the timeout of the default process group's collectives."""
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def default_store() -> torch.distributed.Store:
+    """Return the store of the default process group."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def without_compiler(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of torch.optim without the decorator that imports torch._dynamo.
+
+    That import takes as long as torch's own, and nothing here compiles an optimizer.
+    """
+    return getattr(method, "__wrapped__", method)
+
+
+def without_profiler(step: T) -> T:
+    """Mark an optimizer's `step` as already wrapped by torch's profiling hook.
+
+    `Optimizer.__init__` wraps `step` once per class, which costs about a tenth of a small step.
+    """
+    step.hooked = True  # type: ignore[attr-defined]
+    return step
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Tell the learning-rate scheduler that `optimizer` has stepped, by other means than `step`."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
