@@ -29,7 +29,7 @@ from train_ddp import build_state
 def training_until(target: float, config: TrainConfig) -> tuple[float, float]:
     """Epochs, and seconds of them, until the test accuracy is `target`; nan if it never is."""
     seconds = 0.0
-    with join(Launch("alone"), config.device, config.backend) as world:
+    with join(Launch("none"), config.device, config.backend) as world:
         dataset = load(locate(config.data, config.cache_dir)).to(world.device)
         split = dataset.train
         sharding = Sharding(len(split), config.global_batch_size, 0, 1, config.seed)

@@ -15,7 +15,7 @@ import torch
 from mnist_dist.config import TrainConfig
 from mnist_dist.data import Dataset, load, locate
 from mnist_dist.distributed.ddp import require_compression
-from mnist_dist.distributed.failures import LostContactError
+from mnist_dist.distributed.failures import PeerLostError
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.sync import Agreement, StopRequest, Verdict
 from mnist_dist.distributed.world import World, join
@@ -60,8 +60,8 @@ def opened(config: TrainConfig, launch: Launch, build_state: Build) -> Iterator[
     except BaseException as error:
         if job is None:
             raise
-        if isinstance(error, LostContactError):
-            error = LostContactError(f"{error}; this was at step {job.state.step + 1}")
+        if isinstance(error, PeerLostError):
+            error = PeerLostError(f"{error}; this was at step {job.state.step + 1}")
         if job.world.is_main:
             job.record.end(job.state, error)
         raise error

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import NoReturn
 
 # Before torch, whose import takes seconds: it notes the parent that we are to end with.
-from mnist_dist.distributed.launcher import Launch, leave_with_launcher, read_launch  # isort: skip
+from mnist_dist.distributed.launcher import Launch, exit_with_parent, read_launch  # isort: skip
 
 from torch.distributed.elastic.multiprocessing import errors as elastic_errors
 
-from mnist_dist.distributed.failures import LostContactError
+from mnist_dist.distributed.failures import PeerLostError
 from mnist_dist.distributed.world import exit_with_error, leave
 from mnist_dist.errors import ReportedError
 
@@ -27,15 +27,15 @@ def attempt(work: Callable[[Launch], None]) -> int:
 
 @elastic_errors.record
 def _attempt(work: Callable[[Launch], None]) -> int:
-    launch = Launch("alone")
+    launch = Launch("none")
     try:
         launch = read_launch()
-        if launch.launcher != "alone":
-            leave_with_launcher(launch.rank)
+        if launch.launcher != "none":
+            exit_with_parent(launch.rank)
         work(launch)
     except ReportedError as error:
         return exit_with_error(launch, error)
-    except LostContactError as error:
+    except PeerLostError as error:
         # In one go: print ends a line by a second write, and other ranks say this at the same time.
         sys.stderr.write(f"mnist-dist: rank {launch.rank} ends: {error}\n")
         leave(1)

@@ -15,13 +15,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
-from mnist_dist.distributed.failures import Board, LostContactError, brief, describe, lost_contact
+from mnist_dist.distributed.failures import (
+    FailureStore,
+    PeerLostError,
+    brief,
+    describe,
+    is_comm_error,
+    wait_until_printed,
+)
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.memory import keep_freed_memory
 from mnist_dist.distributed.network import interface_towards
-from mnist_dist.distributed.rendezvous import meet
+from mnist_dist.distributed.rendezvous import rendezvous
 from mnist_dist.distributed.threads import let_gloo_give_way, threads_for_one, work_in_long_turns
-from mnist_dist.errors import MeetingError, ReportedError, UserError
+from mnist_dist.errors import RendezvousError, ReportedError, UserError
 
 T = TypeVar("T")
 
@@ -80,9 +87,8 @@ class World:
 
     def description(self) -> str:
         """The same for a person, in one phrase."""
-        count = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
         talk = f", {self.backend}" if self.backend != "none" else ""
-        return f"{count} ({self.launch.launcher}), {self.device.type}{talk}"
+        return f"{self.launch.description}, {self.device.type}{talk}"
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum `values` over all ranks, in place; returns it. Same shape and dtype on every rank."""
@@ -218,7 +224,7 @@ def join(launch: Launch, device: str, backend: str, timeout: float = 600.0) -> I
 
     Raises:
         UserError: the device is not there, or the backend does not fit it.
-        MeetingError: the ranks did not meet.
+        RendezvousError: the ranks did not meet.
     """
     chosen = pick_device(launch, device)
     name = pick_backend(chosen, backend)
@@ -228,23 +234,16 @@ def join(launch: Launch, device: str, backend: str, timeout: float = 600.0) -> I
         yield World(launch, chosen, "none")
         return
     work_in_long_turns()
-    store = meet(
-        launch.rank,
-        launch.world_size,
-        launch.master_addr or "",
-        launch.master_port or 0,
-        launch.hosts_store,
-        timeout,
-        notify=_say if launch.local_rank == 0 else lambda line: None,
-    )
+    notify = _say if launch.local_rank == 0 else lambda line: None
+    store = rendezvous(launch, timeout, notify)
     world = form_group(launch, chosen, name, store, timeout)
-    board = Board(store, launch.rank, launch.world_size)
+    failures = FailureStore(store, launch.rank, launch.world_size)
     try:
         yield world
     except ReportedError:
         raise
     except Exception as error:
-        _explain(error, board)
+        _explain(error, failures)
         raise
     # Only on the good path: after a failure the peers may be gone, and destroying would wait.
     # Rank 0 may host the store: the barrier keeps it there until nobody needs it.
@@ -264,7 +263,7 @@ def form_group(
     Raises:
         RuntimeError: the backend could not connect the ranks within `timeout` seconds.
     """
-    if launch.spans_hosts:
+    if launch.spans_nodes:
         _choose_interface(launch.master_addr or "")
     dist.init_process_group(
         backend,
@@ -301,18 +300,18 @@ def _choose_interface(address: str) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = found[0]
 
 
-def _explain(error: Exception, board: Board) -> None:
+def _explain(error: Exception, failures: FailureStore) -> None:
     """Say what failed here, and post it for the others.
 
     Raises:
-        LostContactError: nothing did, but another rank is gone; its text names that and the cause.
+        PeerLostError: nothing did, but another rank is gone; its text names that and the cause.
     """
-    if not lost_contact(error):
-        board.post(describe(error))
-        line = f"mnist-dist: error: rank {board.rank} failed: {describe(error)}"
+    if not is_comm_error(error):
+        failures.publish(describe(error))
+        line = f"mnist-dist: error: rank {failures.rank} failed: {describe(error)}"
         print(line, file=sys.stderr, flush=True)
         return
-    raise LostContactError(f"{board.find_cause()} ({brief(error)})") from error
+    raise PeerLostError(f"{failures.find_cause()} ({brief(error)})") from error
 
 
 def pick_backend(device: torch.device, backend: str) -> Literal["gloo", "nccl"]:
@@ -357,29 +356,18 @@ def exit_with_error(launch: Launch, error: ReportedError) -> int:
     spoken would silence it. Within a process group, where every rank has the error, the others wait
     for word in its store; before there is one, each found it by itself and waits to be stopped.
     """
-    speaks = launch.rank == 0 or (isinstance(error, MeetingError) and launch.local_rank == 0)
+    speaks = launch.rank == 0 or (isinstance(error, RendezvousError) and launch.local_rank == 0)
     if speaks:
         print(f"mnist-dist: {error.kind}: {error}", file=sys.stderr, flush=True)
     if dist.is_initialized():
-        _wait_for_word(launch)
+        wait_until_printed(dist.distributed_c10d._get_default_store(), launch.rank)
         # Left to the interpreter's end, gloo's threads abort the process now and then.
         dist.destroy_process_group()
-    elif not speaks and launch.launcher != "alone":
+    elif not speaks and launch.launcher != "none":
         launcher, deadline = os.getppid(), time.monotonic() + 20
         while os.getppid() == launcher and time.monotonic() < deadline:
             time.sleep(0.05)
     return error.exit_code
-
-
-def _wait_for_word(launch: Launch) -> None:
-    """Rank 0 has spoken, and gives word; the others wait for it."""
-    store, said = dist.distributed_c10d._get_default_store(), "mnist-dist/error-said"
-    deadline = time.monotonic() + 20
-    with contextlib.suppress(RuntimeError):  # rank 0 may have taken the store with it
-        if launch.rank == 0:
-            store.set(said, "")
-        while not store.check([said]) and time.monotonic() < deadline:
-            time.sleep(0.05)
 
 
 def leave(code: int) -> NoReturn:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.distributed.failures import LostContactError
+from mnist_dist.distributed.failures import PeerLostError
 from mnist_dist.errors import JobError, ReportedError
 from mnist_dist.run.checkpoint import CheckpointStore
 from mnist_dist.run.console import Console
@@ -106,13 +106,13 @@ class Record:
         """Write down why the run ended early, as far as there still is a disk to write to."""
         if not self._begun:
             return
-        explained = isinstance(error, ReportedError | LostContactError)
+        explained = isinstance(error, ReportedError | PeerLostError)
         status = error.status if isinstance(error, ReportedError) else "failed"
         with contextlib.suppress(OSError):
             reason = str(error) if explained else repr(error)
             with contextlib.suppress(OSError):
                 self.store.flush()
-            resumable = status == "preempted" or isinstance(error, LostContactError)
+            resumable = status == "preempted" or isinstance(error, PeerLostError)
             self._write_status(status, state.epoch, state.step, reason, resumable)
 
     def _write_status(

@@ -190,5 +190,5 @@ def test_a_rank_killed_inside_a_sum_ends_the_others_and_leaves_nothing_behind(
         job.until(lambda: job.trains or job.ended)
         held = job.holdings()
         assert job.wait(timeout=60) == 1
-        assert "rank(s) 1 gave no sign" in job.output
+        assert "rank 1 did not respond" in job.output
         assert job.left_over(held) == []

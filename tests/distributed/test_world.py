@@ -110,9 +110,9 @@ def test_one_process_makes_no_process_group_and_several_use_gloo_on_cpus() -> No
 def test_a_gpu_that_is_not_there_is_the_users_error() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert pick_device(Launch("alone"), "auto") == torch.device("cpu")
+    assert pick_device(Launch("none"), "auto") == torch.device("cpu")
     with pytest.raises(UserError, match="--device cuda"):
-        pick_device(Launch("alone"), "cuda")
+        pick_device(Launch("none"), "cuda")
 
 
 def srun_environment(rank: int, world_size: int, job: str) -> dict[str, str]:

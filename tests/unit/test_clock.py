@@ -17,7 +17,7 @@ def test_only_an_epoch_with_steps_left_has_a_speed(first: int, timed: bool) -> N
     """Its last batch is not full, so that samples counted by batches would be fewer than none."""
     sharding = Sharding(50, 8, 0, 1, seed=0)
     model = MLP()
-    with join(Launch("alone"), "cpu", "auto") as world:
+    with join(Launch("none"), "cpu", "auto") as world:
         step = build_step(model, FlatSGD(model, 0.1, 0, 0), world, Choice())
         figures = EpochClock(step, sharding, first).figures()
     assert bool(figures) == timed

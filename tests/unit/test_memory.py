@@ -14,7 +14,7 @@ from mnist_dist.distributed.launcher import Launch
 from mnist_dist.model import MLP
 from mnist_dist.distributed.world import join
 
-with join(Launch("alone"), "cpu", "auto") as world:
+with join(Launch("none"), "cpu", "auto") as world:
     model, split = MLP(), load(locate("bundled", None)).train
     for _ in range(4):
         evaluate(model, split, world)
