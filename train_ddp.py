@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
-from mnist_dist import job as jobs
 from mnist_dist.config import TrainConfig, parse_config
 from mnist_dist.distributed.process import run_process, run_rank
 from mnist_dist.distributed.sync import RankSync
 from mnist_dist.evaluation import evaluate
-from mnist_dist.job import Job
+from mnist_dist.job import Job, open_job
 from mnist_dist.model import build_model
 from mnist_dist.optimizer import build_optimizer
 from mnist_dist.run.console import EpochTimer, Progress
@@ -36,18 +35,18 @@ from mnist_dist.sampling import global_batches
 
 def train(config: TrainConfig, launch: Launch) -> None:
     """Run the whole job: set up, train and validate, test."""
-    with jobs.open_job(config, launch) as job:
+    with open_job(config, launch) as job:
         torch.manual_seed(config.seed)  # the same initial weights on every rank
         model = build_model().to(job.world.device)
         optimizer, scheduler = build_optimizer(
             model, config.lr, config.momentum, config.weight_decay, config.schedule, job.total_steps
         )
         state = TrainState(model, optimizer, scheduler, job.hyperparameters)
-        if jobs.resume(job, state):
+        if job.resume(state):
             job.console.print(f"{job.run}: already complete; --epochs N trains up to N epochs")
             return
         sync = RankSync(job.world, job.save_every_seconds)  # catches signals from here on
-        jobs.start_run(job, state)
+        job.start_run(state)
         fit(job, state, sync)
         test(job, state)
 
@@ -55,13 +54,11 @@ def train(config: TrainConfig, launch: Launch) -> None:
 def fit(job: Job, state: TrainState, sync: RankSync) -> None:
     """Train and validate epoch by epoch, from where the state stands."""
     config, world, split, sharding = job.config, job.world, job.dataset.train, job.sharding
-    model, applied = jobs.prepare_model(job, state.model)  # --compile, --precision
+    model, applied = job.prepare_model(state.model)  # --compile, --precision
     if world.world_size > 1 and config.step == "ddp":
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    step, all_reduce_seconds = jobs.build_step(job, state, model, applied, train_step)
-    sampler: DistributedSampler[Tensor] = DistributedSampler(
-        split, world.world_size, world.rank, seed=config.seed
-    )
+    step, all_reduce_seconds = job.build_step(state, model, applied, train_step)
+    sampler = DistributedSampler[Tensor](split, world.world_size, world.rank, seed=config.seed)
     with job.console.progress(job.run_length(state.step)) as progress:
         while state.epoch < config.epochs:
             sampler.set_epoch(state.epoch)  # a new permutation, the same on every rank
@@ -74,9 +71,9 @@ def fit(job: Job, state: TrainState, sync: RankSync) -> None:
                     state.scheduler.step()
                 state.count_step(loss)
                 progress.step(state.step, loss)
-                jobs.sync_step(job, state, sync)  # now and then: stop, save, not a number
-            train_loss = jobs.sync_epoch(job, state, sync)
-            finish_epoch(job, state, {"train/loss": train_loss, **timer.metrics(model)}, progress)
+                job.sync_step(state, sync)  # now and then: stop, save, not a number
+            train_loss = job.sync_epoch(state, sync)
+            validate(job, state, {"train/loss": train_loss, **timer.metrics(model)}, progress)
 
 
 def train_step(
@@ -95,9 +92,7 @@ def train_step(
     return loss.detach()
 
 
-def finish_epoch(
-    job: Job, state: TrainState, metrics: dict[str, float], progress: Progress
-) -> None:
+def validate(job: Job, state: TrainState, metrics: dict[str, float], progress: Progress) -> None:
     """Validate on all ranks; log the metrics and save a checkpoint on rank 0."""
     config, world = job.config, job.world
     with_plots = config.tensorboard == "full" and should_log_plots(state.epoch + 1, config.epochs)
@@ -106,8 +101,8 @@ def finish_epoch(
     metrics |= {"val/loss": validation.loss, "val/accuracy": validation.accuracy}
     metrics |= {"lr": state.optimizer.param_groups[0]["lr"]}
     # Logged before it is saved: a kill in between repeats the epoch and drops its record.
-    log(job, state, metrics, jobs.build_plots(job, state, validation) if with_plots else None)
-    jobs.save_checkpoint(job, state, metrics, best=improved, newest=job.is_save_due(state.epoch))
+    log(job, state, metrics, job.build_plots(state, validation) if with_plots else None)
+    job.save_checkpoint(state, metrics, best=improved, newest=job.is_save_due(state.epoch))
     progress.epoch(state.epoch, state.step, metrics, improved)
 
 
@@ -118,7 +113,7 @@ def test(job: Job, state: TrainState) -> None:
     metrics = {"test/loss": result.loss, "test/accuracy": result.accuracy}
     plots = EpochPlots("test", result.confusion) if job.config.tensorboard == "full" else None
     log(job, state, metrics, plots, {"test/accuracy_by_digit": result.accuracy_by_class})
-    jobs.print_summary(job, state, result)
+    job.print_summary(state, result)
 
 
 def log(

@@ -7,7 +7,7 @@ import os
 import signal
 
 import train_ddp
-from mnist_dist.distributed.host_barrier import HostBarrier
+from mnist_dist.distributed.shared_memory import HostBarrier
 
 
 def die_in(number: int, told: bool) -> None:

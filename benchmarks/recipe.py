@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mnist_dist.steps import Choice, build_step
+
 from benchmarks.jobs import train
 from mnist_dist.config import TrainConfig, parse_config
 from mnist_dist.data import load, locate
@@ -22,14 +24,13 @@ from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.world import join
 from mnist_dist.evaluation import evaluate, train_epoch
 from mnist_dist.sampling import Sharding
-from mnist_dist.steps import Choice, build_step
 from train_ddp import build_state
 
 
 def training_until(target: float, config: TrainConfig) -> tuple[float, float]:
     """Epochs, and seconds of them, until the test accuracy is `target`; nan if it never is."""
     seconds = 0.0
-    with join(Launch("alone"), config.device, config.backend) as world:
+    with join(Launch("none"), config.device, config.backend) as world:
         dataset = load(locate(config.data, config.cache_dir)).to(world.device)
         split = dataset.train
         sharding = Sharding(len(split), config.global_batch_size, 0, 1, config.seed)

@@ -24,7 +24,7 @@ if [ -z "${PROCESSES:-}" ]; then
   [ "$PROCESSES" -gt 0 ] || PROCESSES=2
 fi
 
-# Is the name known, the port free (on HEAD) or reachable (elsewhere)? And which way leads there?
+# Check the name, and that the port is free (on HEAD) or reachable (elsewhere); find the interface.
 found=$(PYTHONPATH=$repository python -m mnist_dist.distributed.network "$head" "$port" "$node_rank")
 read -r interface address <<<"$found" || true
 interface=${INTERFACE:-$interface}

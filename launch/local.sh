@@ -14,7 +14,7 @@ fi
 threads=$(($(nproc) / PROCESSES))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
-# --standalone takes a free port, so that two jobs on this host do not meet.
+# --standalone takes a free port, so that two jobs on this node do not share one.
 exec torchrun --standalone --nproc_per_node="$PROCESSES" --max-restarts="${MAX_RESTARTS:-0}" \
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
   "$repository/train_ddp.py" "$@"

@@ -18,10 +18,7 @@ _COMMANDS = {
     "evaluate": ("mnist_dist.commands.evaluate", "exact figures of a trained model"),
     "predict": ("mnist_dist.commands.predict", "which digit is in a PNG or JPEG"),
     "export": ("mnist_dist.commands.export", "write a model for torch.export or ONNX"),
-    "doctor": (
-        "mnist_dist.commands.doctor.examination",
-        "check this machine or cluster",
-    ),
+    "doctor": ("mnist_dist.commands.doctor.command", "check this machine or cluster"),
     "runs": ("mnist_dist.commands.runs", "a table of runs"),
 }
 

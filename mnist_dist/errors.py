@@ -28,8 +28,8 @@ class JobError(ReportedError):
     exit_code = 1
 
 
-class MeetingError(JobError):
-    """The ranks did not meet. Each host's first rank says it, since no other can speak for it."""
+class RendezvousError(JobError):
+    """The ranks could not connect. The first rank of each node prints it for its node."""
 
 
 class Preempted(ReportedError):  # noqa: N818 - it is not an error of anybody's

@@ -23,7 +23,7 @@ from mnist_dist.distributed.ddp import (
     register_comm_hook,
 )
 from mnist_dist.distributed.devices import set_precision, set_threads
-from mnist_dist.distributed.failures import LostContactError
+from mnist_dist.distributed.failures import PeerLostError
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.sync import RankSync, SyncResult
 from mnist_dist.distributed.world import World, init_distributed
@@ -86,6 +86,206 @@ class Job:
             epochs, sharding.steps_per_epoch, sharding.samples, sharding.world_size, step
         )
 
+    def resume(self, state: TrainState) -> bool:
+        """Open the run directory and load its newest checkpoint, if any, into `state`.
+
+        Nodes need not share a disk: the one with the newest checkpoint sends it to all.
+
+        Returns:
+            Whether the run is complete already.
+        """
+        config, world, run = self.config, self.world, self.run
+
+        def find() -> tuple[dict[str, Any] | None, list[str]]:
+            if world.is_main_process:
+                run.open()
+            first_on_node = world.launch.local_rank == 0
+            return (
+                run.checkpoints.load_latest(world.is_main_process) if first_on_node else (None, [])
+            )
+
+        saved, damaged = world.run_on_all(find)
+        status, had_checkpoint = world.on_main(lambda: (run.status, run.had_checkpoint))
+        for line in damaged:
+            self.console.warn(f"{line}; using an older checkpoint")
+        steps = world.gather(-1 if saved is None else int(saved["step"]))
+        if max(steps) >= 0:
+            state.load_state_dict(world.broadcast(saved or {}, steps.index(max(steps))), world)
+        elif had_checkpoint:
+            raise UserError(
+                f"--run-dir {run}: a run is there, but its checkpoints are gone; bring them back, "
+                "or give another --run-dir"
+            )
+        if state.epoch > config.epochs:
+            raise UserError(
+                f"--epochs {config.epochs}: the run in {run} has completed {state.epoch} already; "
+                "give that many or more, or another --run-dir"
+            )
+        if state.best_epoch and not world.on_main(run.checkpoints.has_best):
+            self.console.warn(
+                f"best.pt in {run} is missing or damaged: the best epoch from here counts"
+            )
+            state.best_loss = float("inf")
+        return status == "completed" and state.epoch == config.epochs
+
+    def start_run(self, state: TrainState) -> None:
+        """Check that the ranks' weights agree, then record and print what runs where."""
+        config, world, console = self.config, self.world, self.console
+        world.check_equal({"the weights": state.weights_digest()}, "this is a bug, or bad memory")
+        data = {"data": self.dataset.description, "data_fingerprint": self.dataset.fingerprint}
+        facts = world.facts() | data
+        hparams = config.hparams() | {"world_size": world.world_size}
+        world.on_main(lambda: self.run.start(state, config.to_json(), facts, hparams))
+        hosts = f" on {len(facts['hosts'])} hosts" if len(facts["hosts"]) > 1 else ""
+        threads = _counted(torch.get_num_threads(), "thread")
+        each = " each" if world.world_size > 1 else ""
+        console.print_field(
+            "world", f"{world.description()}{hosts}, {threads}{each}, torch {torch.__version__}"
+        )
+        console.print_field("data", self.dataset.description)
+        console.print_field("model", describe(state.model))
+        console.print_field("train", self._plan())
+        console.print_field("watch", tensorboard_command(str(self.run)))
+        console.print_field("run", str(self.run))
+        if state.step:
+            console.print(f"resume at step {state.step}, {_counted(state.epoch, 'epoch')} done")
+        world.set_timeout(config.step_timeout)
+
+    def _plan(self) -> str:
+        config = self.config
+        shifts = f", shifts up to {config.random_shift} px" if config.random_shift else ""
+        return (
+            f"{_counted(config.epochs, 'epoch')} of "
+            f"{_counted(self.sharding.steps_per_epoch, 'step')}, "
+            f"global batch {config.global_batch_size}, SGD lr {config.lr:g} {config.schedule}, "
+            f"momentum {config.momentum:g}, weight decay {config.weight_decay:g}{shifts}"
+        )
+
+    def prepare_model(self, model: nn.Module) -> tuple[nn.Module, list[str]]:
+        """Apply --compile and --precision; return what DDP is to wrap, and what was applied."""
+        if self.config.step == "manual":
+            return model, []
+        applied = []
+        if self.config.compile:
+            model, explanation = compile_or_explain(model, self.world)
+            applied.append(explanation)
+        if self.config.precision != "fp32":
+            applied.append(self.config.precision)
+        return Bfloat16(model) if self.config.precision == "bf16" else model, applied
+
+    def build_step(
+        self, state: TrainState, model: nn.Module, applied: list[str], step: TrainStep
+    ) -> tuple[TrainStep, Callable[[], float | None]]:
+        """Choose what gradients travel over, and print the line `step`; every rank must call this.
+
+        Args:
+            state: with the bare model and the optimizer.
+            model: the bare model, or DDP around what `prepare_model` returned.
+            applied: what `prepare_model` applied.
+            step: for DDP.
+
+        Returns:
+            The step function; and a function that returns this rank's seconds in all-reduces.
+        """
+        config, world = self.config, self.world
+        share_memory = config.shared_memory == "auto"
+        seconds: Callable[[], float | None]
+        if config.step == "manual":
+            from mnist_dist.fast import ManualStep
+
+            step = manual = ManualStep(
+                state.model, state.optimizer, world, share_memory, config.step_timeout
+            )
+            description, seconds = f"manual backward, {manual.description}", lambda: manual.seconds
+        elif isinstance(model, DistributedDataParallel):
+            transport, seconds = register_comm_hook(
+                model, world, share_memory, config.step_timeout, config.grad_compression
+            )
+            description = ", ".join(["DistributedDataParallel", *applied, transport])
+        else:
+            description, seconds = ", ".join(["single process", *applied]), lambda: None
+        self.console.print_field("step", description)
+        if config.profile and state.step == 0 and world.is_main_process:
+            step = profile_steps(step, self.run.path / "profile")
+        return step, seconds
+
+    def sync_step(self, state: TrainState, sync: RankSync) -> None:
+        """After a step: exchange stop, checkpoint and NaN flags if it is time to.
+
+        Raises:
+            JobError: a loss was not finite.
+            Preempted: a rank was asked to stop; the state is on disk.
+        """
+        every = self.config.checkpoint_every_steps
+        save_now = every is not None and state.step % every == 0
+        if sync.should_sync() or save_now:
+            result = sync.sync(state.drain_losses())
+            _check_finite(state, result)
+            self._save_or_stop(state, sync, result, save_now)
+
+    def sync_epoch(self, state: TrainState, sync: RankSync) -> float:
+        """After an epoch's last step: the same, and compare weights; return the mean training loss.
+
+        Raises:
+            JobError: a loss was not finite, or the weights of a rank have diverged.
+            Preempted: a rank was asked to stop; the state is on disk.
+        """
+        bad_step = state.drain_losses()
+        result = sync.sync(bad_step, state.sync_payload(self.world))
+        _check_finite(state, result)
+        loss_sum, diverged = state.finish_sync(result.payloads)
+        if diverged:
+            ranks = f"rank{'s' if len(diverged) > 1 else ''} {', '.join(map(str, diverged))}"
+            raise JobError(
+                f"the weights of {ranks} differ from the other ranks' after step {state.step} (bad "
+                f"memory or a bug); check that host's memory, and continue from {self.run}"
+            )
+        self._save_or_stop(state, sync, result, save_now=False)
+        return loss_sum / self.sharding.samples
+
+    def _save_or_stop(
+        self, state: TrainState, sync: RankSync, result: SyncResult, save_now: bool
+    ) -> None:
+        if result.save or save_now or result.stop:
+            sync.mark_saved()
+            self.save_checkpoint(state, {}, best=False, newest=True)
+        if result.stop:
+            self.world.on_main(self.run.flush)
+            raise Preempted(
+                f"{result.stop} at step {state.step}, saved; the same command with "
+                f"--run-dir {self.run} continues"
+            )
+
+    def save_checkpoint(
+        self, state: TrainState, metrics: Mapping[str, float], best: bool, newest: bool
+    ) -> None:
+        """Start to write the checkpoints asked for, on rank 0; every rank must call this."""
+        if best or newest:
+            saved = state.state_dict(self.world)
+            if self.world.is_main_process:
+                self.run.save_checkpoint(saved, metrics, best, newest)
+
+    def build_plots(self, state: TrainState, validation: Evaluation) -> EpochPlots:
+        """Collect what TensorBoard shows of an epoch besides its scalars."""
+        images = self.dataset.validation.images
+        errors = [
+            (images[e.index].cpu(), f"{e.label} predicted\nas {e.predicted}, {e.probability:.0%}")
+            for e in validation.most_confident_errors
+        ]
+        return EpochPlots("val", validation.confusion, errors, state.model)
+
+    def print_summary(self, state: TrainState, result: Evaluation) -> None:
+        """Complete the run: record and print the results, and the commands to go on with."""
+        run, config, console = self.run, self.config, self.console
+        results = summary_fields(run.writer.records, state.best_epoch, result)
+        self.world.on_main(lambda: run.finish(dict(results)))
+        program = self.world.launch.program
+        script = sys.argv[0] if Path(sys.argv[0]).name == "train_ddp.py" else "-m mnist_dist train"
+        longer = 2 * config.epochs if config.schedule == "constant" else None
+        path, train = str(run), f"{program} {script}" if program else ""
+        for label, text in [*results, ("run", path), *next_commands(path, train, longer)]:
+            console.print_field(label, text)
+
 
 @contextlib.contextmanager
 def open_job(config: TrainConfig, launch: Launch) -> Iterator[Job]:
@@ -99,8 +299,8 @@ def open_job(config: TrainConfig, launch: Launch) -> Iterator[Job]:
         if job is None:
             raise
         step = job.run.state.step if job.run.state else 0
-        if isinstance(error, LostContactError):
-            error = LostContactError(f"{error}; this was at step {step + 1}")
+        if isinstance(error, PeerLostError):
+            error = PeerLostError(f"{error}; this was at step {step + 1}")
         if job.world.is_main_process:
             job.run.end(error)
         raise error
@@ -148,169 +348,8 @@ def _load_data(config: TrainConfig, world: World, console: Console) -> Dataset:
     return dataset.to(world.device)
 
 
-def resume(job: Job, state: TrainState) -> bool:
-    """Open the run directory and load its newest checkpoint, if any, into `state`.
-
-    Nodes need not share a disk: the one with the newest checkpoint sends it to all.
-
-    Returns:
-        Whether the run is complete already.
-    """
-    config, world, run = job.config, job.world, job.run
-
-    def find() -> tuple[dict[str, Any] | None, list[str]]:
-        if world.is_main_process:
-            run.open()
-        first_on_node = world.launch.local_rank == 0
-        return run.checkpoints.load_latest(world.is_main_process) if first_on_node else (None, [])
-
-    saved, damaged = world.run_on_all(find)
-    status, had_checkpoint = world.on_main(lambda: (run.status, run.had_checkpoint))
-    for line in damaged:
-        job.console.warn(f"{line}; using an older checkpoint")
-    steps = world.gather(-1 if saved is None else int(saved["step"]))
-    if max(steps) >= 0:
-        state.load_state_dict(world.broadcast(saved or {}, steps.index(max(steps))), world)
-    elif had_checkpoint:
-        raise UserError(
-            f"--run-dir {run}: a run is there, but its checkpoints are gone; bring them back, "
-            "or give another --run-dir"
-        )
-    if state.epoch > config.epochs:
-        raise UserError(
-            f"--epochs {config.epochs}: the run in {run} has completed {state.epoch} already; "
-            "give that many or more, or another --run-dir"
-        )
-    if state.best_epoch and not world.on_main(run.checkpoints.has_best):
-        job.console.warn(f"best.pt in {run} is missing or damaged: the best epoch from here counts")
-        state.best_loss = float("inf")
-    return status == "completed" and state.epoch == config.epochs
-
-
-def start_run(job: Job, state: TrainState) -> None:
-    """Check that the ranks' weights agree, then record and print what runs where."""
-    config, world, console = job.config, job.world, job.console
-    world.check_equal({"the weights": state.weights_digest()}, "this is a bug, or bad memory")
-    data = {"data": job.dataset.description, "data_fingerprint": job.dataset.fingerprint}
-    facts = world.facts() | data
-    hparams = config.hparams() | {"world_size": world.world_size}
-    world.on_main(lambda: job.run.start(state, config.to_json(), facts, hparams))
-    hosts = f" on {len(facts['hosts'])} hosts" if len(facts["hosts"]) > 1 else ""
-    threads = _counted(torch.get_num_threads(), "thread")
-    each = " each" if world.world_size > 1 else ""
-    console.print_field(
-        "world", f"{world.description()}{hosts}, {threads}{each}, torch {torch.__version__}"
-    )
-    console.print_field("data", job.dataset.description)
-    console.print_field("model", describe(state.model))
-    console.print_field("train", _plan(job))
-    console.print_field("watch", tensorboard_command(str(job.run)))
-    console.print_field("run", str(job.run))
-    if state.step:
-        console.print(f"resume at step {state.step}, {_counted(state.epoch, 'epoch')} done")
-    world.set_timeout(config.step_timeout)
-
-
-def _plan(job: Job) -> str:
-    config = job.config
-    shifts = f", shifts up to {config.random_shift} px" if config.random_shift else ""
-    return (
-        f"{_counted(config.epochs, 'epoch')} of {_counted(job.sharding.steps_per_epoch, 'step')}, "
-        f"global batch {config.global_batch_size}, SGD lr {config.lr:g} {config.schedule}, "
-        f"momentum {config.momentum:g}, weight decay {config.weight_decay:g}{shifts}"
-    )
-
-
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' if count != 1 else ''}"
-
-
-def prepare_model(job: Job, model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """Apply --compile and --precision to what DDP is to wrap; return it and what was applied."""
-    if job.config.step == "manual":
-        return model, []
-    applied = []
-    if job.config.compile:
-        model, explanation = compile_or_explain(model, job.world)
-        applied.append(explanation)
-    if job.config.precision != "fp32":
-        applied.append(job.config.precision)
-    return Bfloat16(model) if job.config.precision == "bf16" else model, applied
-
-
-def build_step(
-    job: Job, state: TrainState, model: nn.Module, applied: list[str], step: TrainStep
-) -> tuple[TrainStep, Callable[[], float | None]]:
-    """Choose what gradients travel over, and print the line `step`; every rank must call this.
-
-    Args:
-        job: this rank's.
-        state: with the bare model and the optimizer.
-        model: the bare model, or DDP around what `prepare_model` returned.
-        applied: what `prepare_model` applied.
-        step: for DDP.
-
-    Returns:
-        The step function, and a function that returns this rank's seconds in all-reduces so far.
-    """
-    config, world = job.config, job.world
-    share_memory = config.shared_memory == "auto"
-    seconds: Callable[[], float | None]
-    if config.step == "manual":
-        from mnist_dist.fast import ManualStep
-
-        step = manual = ManualStep(
-            state.model, state.optimizer, world, share_memory, config.step_timeout
-        )
-        description, seconds = f"manual backward, {manual.description}", lambda: manual.seconds
-    elif isinstance(model, DistributedDataParallel):
-        transport, seconds = register_comm_hook(
-            model, world, share_memory, config.step_timeout, config.grad_compression
-        )
-        description = ", ".join(["DistributedDataParallel", *applied, transport])
-    else:
-        description, seconds = ", ".join(["single process", *applied]), lambda: None
-    job.console.print_field("step", description)
-    if config.profile and state.step == 0 and world.is_main_process:
-        step = profile_steps(step, job.run.path / "profile")
-    return step, seconds
-
-
-def sync_step(job: Job, state: TrainState, sync: RankSync) -> None:
-    """After a step: exchange stop, checkpoint and NaN flags if it is time to.
-
-    Raises:
-        JobError: a loss was not finite.
-        Preempted: a rank was asked to stop; the state is on disk.
-    """
-    every = job.config.checkpoint_every_steps
-    save_now = every is not None and state.step % every == 0
-    if sync.should_sync() or save_now:
-        result = sync.sync(state.drain_losses())
-        _check_finite(state, result)
-        _save_or_stop(job, state, sync, result, save_now)
-
-
-def sync_epoch(job: Job, state: TrainState, sync: RankSync) -> float:
-    """After an epoch's last step: the same, and compare weights; return the mean training loss.
-
-    Raises:
-        JobError: a loss was not finite, or the weights of a rank have diverged, by a fault of its
-            memory or a bug.
-        Preempted: a rank was asked to stop; the state is on disk.
-    """
-    bad_step = state.drain_losses()
-    result = sync.sync(bad_step, state.sync_payload(job.world))
-    _check_finite(state, result)
-    loss_sum, diverged = state.finish_sync(result.payloads)
-    if diverged:
-        ranks = f"rank{'s' if len(diverged) > 1 else ''} {', '.join(map(str, diverged))}"
-        raise JobError(
-            f"the weights of {ranks} differ from the other ranks' after step {state.step} (bad "
-            f"memory or a bug); check that host's memory, and continue from {job.run}"
-        )
-    _save_or_stop(job, state, sync, result, save_now=False)
-    return loss_sum / job.sharding.samples
 
 
 def _check_finite(state: TrainState, result: SyncResult) -> None:
@@ -320,50 +359,3 @@ def _check_finite(state: TrainState, result: SyncResult) -> None:
             f"{result.bad_rank} is not finite; nothing was saved after it: check the data, or "
             "lower --lr and start in another --run-dir"
         )
-
-
-def _save_or_stop(
-    job: Job, state: TrainState, sync: RankSync, result: SyncResult, save_now: bool
-) -> None:
-    if result.save or save_now or result.stop:
-        sync.mark_saved()
-        save_checkpoint(job, state, {}, best=False, newest=True)
-    if result.stop:
-        job.world.on_main(job.run.flush)
-        raise Preempted(
-            f"{result.stop} at step {state.step}, saved; the same command with "
-            f"--run-dir {job.run} continues"
-        )
-
-
-def save_checkpoint(
-    job: Job, state: TrainState, metrics: Mapping[str, float], best: bool, newest: bool
-) -> None:
-    """Start to write the checkpoints asked for, on rank 0; every rank must call this."""
-    if best or newest:
-        saved = state.state_dict(job.world)
-        if job.world.is_main_process:
-            job.run.save_checkpoint(saved, metrics, best, newest)
-
-
-def build_plots(job: Job, state: TrainState, validation: Evaluation) -> EpochPlots:
-    """Collect what TensorBoard shows of an epoch besides its scalars."""
-    images = job.dataset.validation.images
-    errors = [
-        (images[e.index].cpu(), f"{e.label} predicted\nas {e.predicted}, {e.probability:.0%}")
-        for e in validation.most_confident_errors
-    ]
-    return EpochPlots("val", validation.confusion, errors, state.model)
-
-
-def print_summary(job: Job, state: TrainState, result: Evaluation) -> None:
-    """Complete the run: record and print the results, and the commands to go on with."""
-    run, config, console = job.run, job.config, job.console
-    results = summary_fields(run.writer.records, state.best_epoch, result)
-    job.world.on_main(lambda: run.finish(dict(results)))
-    program = job.world.launch.program
-    script = sys.argv[0] if Path(sys.argv[0]).name == "train_ddp.py" else "-m mnist_dist train"
-    longer = 2 * config.epochs if config.schedule == "constant" else None
-    path, train = str(run), f"{program} {script}" if program else ""
-    for label, text in [*results, ("run", path), *next_commands(path, train, longer)]:
-        console.print_field(label, text)

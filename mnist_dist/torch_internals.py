@@ -24,7 +24,6 @@ NAMES = (
     "torch.ops.aten.threshold_backward.default",
     "torch.distributed.distributed_c10d._set_pg_timeout",
     "torch.distributed.distributed_c10d._get_default_store",
-    "torch.optim.SGD.step.hooked",
 )
 
 foreach_add: Callable[..., Any] = torch._foreach_add

@@ -87,7 +87,7 @@ def evaluate(
     config = EvaluateConfig(
         str(model), None if data is None else str(data), split, False, _text(cache_dir)
     )
-    world = World(Launch("alone"), torch.device("cpu"), "none")
+    world = World(Launch("none"), torch.device("cpu"), "none")
     return _evaluate(config, world, warnings.warn).evaluation
 
 

@@ -1,43 +1,46 @@
-"""Why did we end? A board in the ranks' store, on which each says what became of it.
+"""Share failure causes between ranks through the store.
 
-When one process dies, all others see the same thing: a connection that closed, or no answer. On
-the board those that are left find the cause, if its rank could still post one, or who is missing.
+When one process dies, all others see the same symptom: a closed connection, or no answer. The
+store tells them the cause, if the failed rank could still publish one, or which rank is missing.
 """
 
 import contextlib
 import re
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
 
 import torch
-from torch.distributed import DistError, PrefixStore, Store
+from torch.distributed import DistError, Store
+
+from mnist_dist.distributed.store import StoreMailbox
 
 # Gloo's and NCCL's failures arrive as plain RuntimeErrors, out of backward() too.
-_LOST_CONTACT = re.compile(
+_COMM_ERROR = re.compile(
     r"gloo|NCCL|Connection (closed|reset|refused)|Timed out|timed out|Broken pipe|recvValue|socket",
     re.IGNORECASE,
 )
-# How long a survivor waits for the others' notes: they find out within moments of each other.
-_NOTES_S = 3.0
-# Longer than the watch of `leave_with_launcher` sleeps.
+# How long a survivor waits for the other ranks: they notice within moments of each other.
+_SEARCH_S = 3.0
+# Longer than the poll interval of `exit_with_parent`.
 _LAUNCHER_S = 0.6
-_NO_STORE = "the other ranks, and the host of their meeting point, cannot be reached from here"
+_PRINTED_S = 20.0
+_NO_STORE = "the rendezvous endpoint did not respond: rank 0 or its node is down or unreachable"
 
 
-class LostContactError(Exception):
-    """Another process is gone. The cause has been said; what is left is to end, at once."""
+class PeerLostError(Exception):
+    """Another process is gone; the text names it and the cause. This process must exit at once."""
 
 
-def lost_contact(error: BaseException) -> bool:
-    """Whether `error` only says that another process did not answer."""
+def is_comm_error(error: BaseException) -> bool:
+    """Return whether `error` only means that another process did not respond."""
     if isinstance(error, (DistError, ConnectionError)):
         return True
-    return isinstance(error, RuntimeError) and bool(_LOST_CONTACT.search(str(error)))
+    return isinstance(error, RuntimeError) and bool(_COMM_ERROR.search(str(error)))
 
 
 def describe(error: BaseException) -> str:
-    """What failed, in one line, with the remedy where there is a usual one."""
+    """Format `error` as one line, with the remedy where there is a usual one."""
     text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if isinstance(error, torch.OutOfMemoryError):
         text += " Lower --global-batch-size, or start more processes on more GPUs."
@@ -45,58 +48,85 @@ def describe(error: BaseException) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """What a backend's error says, without the source position before and the advice behind it."""
+    """Return a backend's message without its source position and its generic advice."""
     text = re.sub(r"^\[[^\]]*\.cc:\d+\]\s*", "", str(error).splitlines()[0])
     return text.partition(". This is")[0]
 
 
-@dataclass(frozen=True)
-class Board:
-    """The notes of one generation of ranks."""
+def format_ranks(ranks: Collection[int]) -> str:
+    """Format rank numbers: `rank 1`, `ranks 0-3, 6`."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {format_ranges(ranks)}"
 
-    store: Store
-    rank: int
-    world_size: int
 
-    def post(self, cause: str) -> None:
-        """Say why this rank ends, before it does. Does nothing if the store is gone too."""
-        self._note("cause", cause)
+def format_ranges(numbers: Iterable[int]) -> str:
+    """Format numbers in order, consecutive ones as a range: `0-3, 6`."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+class FailureStore:
+    """The failure causes of one generation of ranks."""
+
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        """Use the `store` of the `world_size` ranks, of which this process is `rank`."""
+        self.rank = rank
+        self._others = [other for other in range(world_size) if other != rank]
+        self._mailbox = StoreMailbox(store, "failures")
+
+    def publish(self, cause: str) -> None:
+        """Publish why this rank fails. Does nothing if the store is gone too."""
+        with contextlib.suppress(RuntimeError):
+            self._mailbox.publish(f"cause/{self.rank}", cause)
 
     def find_cause(self) -> str:
-        """Why this rank lost contact, in one line: another rank's own words, or who is missing."""
-        # A thread, because the store's client waits for an answer for ever: its host may be gone.
+        """Return in one line why peers are gone: their published causes, or who is missing."""
+        # A thread, because the store's client blocks for as long as the host does not respond.
         found: list[str] = []
         search = threading.Thread(target=lambda: found.append(self._search()), daemon=True)
         search.start()
-        search.join(_LAUNCHER_S + 2 * _NOTES_S)
+        search.join(_LAUNCHER_S + 2 * _SEARCH_S)
         return found[0] if found else _NO_STORE
 
     def _search(self) -> str:
-        # If it is the launcher that is gone, its store is too, and the watch ends us meanwhile.
+        # If the launcher died, its store is gone, and `exit_with_parent` ends this process now.
         time.sleep(_LAUNCHER_S)
-        self._note("lost", "")
-        deadline = time.monotonic() + _NOTES_S
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
-        while time.monotonic() < deadline:
-            causes = {rank: cause for rank in others if (cause := self._read("cause", rank))}
-            if causes:
-                return "; ".join(f"rank {rank} failed: {cause}" for rank, cause in causes.items())
-            if all(self._read("lost", rank) is not None for rank in others):
-                return "all ranks lost contact with each other: the network between them is cut"
-            time.sleep(0.05)
-        missing = [rank for rank in others if self._read("lost", rank) is None]
-        names = ", ".join(map(str, missing))
-        return f"rank(s) {names} gave no sign: killed, stopped, or their host cannot be reached"
+        deadline = time.monotonic() + _SEARCH_S
+        missing = self._others
+        try:
+            self._mailbox.publish(f"lost/{self.rank}", True)
+            while missing and time.monotonic() < deadline:
+                if causes := self._read_from_others("cause"):
+                    return "; ".join(f"rank {rank} failed: {text}" for rank, text in causes.items())
+                lost = self._read_from_others("lost")
+                missing = [rank for rank in self._others if rank not in lost]
+                time.sleep(0.05)
+        except RuntimeError:
+            return _NO_STORE
+        if not missing:
+            return "all ranks lost their connections: the network between their nodes failed"
+        it_was, its = ("it was", "its") if len(missing) == 1 else ("they were", "their")
+        return (
+            f"{format_ranks(missing)} did not respond: {it_was} killed or stopped, or {its} node "
+            "is unreachable"
+        )
 
-    def _corner(self, kind: str) -> Store:
-        return PrefixStore(f"failures/{kind}", self.store)
+    def _read_from_others(self, kind: str) -> dict[int, str]:
+        payloads = {rank: self._mailbox.read(f"{kind}/{rank}") for rank in self._others}
+        return {rank: payload for rank, payload in payloads.items() if payload is not None}
 
-    def _note(self, kind: str, text: str) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._corner(kind).set(str(self.rank), text)
 
-    def _read(self, kind: str, rank: int) -> str | None:
-        with contextlib.suppress(RuntimeError):
-            if self._corner(kind).check([str(rank)]):
-                return self._corner(kind).get(str(rank)).decode()
-        return None
+def wait_until_printed(store: Store, rank: int) -> None:
+    """Wait until rank 0, which prints an error before it calls this, has called it too.
+
+    Returns after 20 s at the latest, and at once if rank 0 has taken the store with it.
+    """
+    mailbox = StoreMailbox(store, "errors")
+    with contextlib.suppress(RuntimeError):
+        if rank == 0:
+            mailbox.publish("printed", True)
+        mailbox.wait_for("printed", time.monotonic() + _PRINTED_S)

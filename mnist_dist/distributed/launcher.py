@@ -1,7 +1,7 @@
-"""The program that started this process: what it says of our place, and that nobody outlives it.
+"""Read this process's place in the job from its launcher, and exit when the launcher dies.
 
 The only module that reads the launcher's environment variables. Imported before torch, whose import
-takes seconds in which the launcher may die already.
+takes seconds in which the launcher may already die.
 """
 
 import contextlib
@@ -32,18 +32,19 @@ def _note_parent() -> None:
 os.register_at_fork(after_in_child=_note_parent)
 
 
-def leave_with_launcher(rank: int) -> None:
-    """From now on, end this process within a second of its launcher's end, even by `kill -9`.
+def exit_with_parent(rank: int) -> None:
+    """Exit within a second of the launcher's end from now on, even after its `kill -9`.
 
-    Otherwise it would go on for ever, holding its GPU and the run. It is a thread, so it also works
-    while the process waits for a collective; a checkpoint being written is abandoned, unharmed.
+    Otherwise this process would keep its GPU and the run forever. A thread does it, so that it
+    works while the process waits in a collective. A checkpoint that is being written is abandoned;
+    those before it are intact.
     """
 
     def watch() -> None:
         while os.getppid() == _parent and not _was_orphaned():
             time.sleep(_PERIOD_S)
         try:
-            print(f"mnist-dist: rank {rank}: the launcher is gone, leaving", file=sys.stderr)
+            print(f"mnist-dist: rank {rank}: the launcher is gone, exiting", file=sys.stderr)
         finally:
             os._exit(1)
 
@@ -51,23 +52,23 @@ def leave_with_launcher(rank: int) -> None:
 
 
 def _was_orphaned() -> bool:
-    """Whether the launcher died before this module was imported, which left us to process 1.
+    """Return whether the launcher died before this module was imported.
 
-    In a container process 1 may be the launcher itself: then it is a Python program too.
+    Process 1 is the parent then. In a container it may be the launcher itself, a Python program.
     """
     if _parent != 1:
         return False
     try:
         return b"python" not in Path("/proc/1/cmdline").read_bytes()
-    except OSError:  # not on Linux, where this cannot be told
+    except OSError:  # not on Linux: unknown
         return False
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's place in the job, as its launcher tells it."""
+    """This process's place in the job, as set by its launcher."""
 
-    launcher: Literal["torchrun", "srun", "alone"]
+    launcher: Literal["torchrun", "srun", "none"]
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
@@ -75,34 +76,42 @@ class Launch:
     node_rank: int = 0
     master_addr: str | None = None
     master_port: int | None = None
-    hosts_store: bool = False
-    """Whether this process must host the ranks' store itself."""
+    is_store_host: bool = False
+    """Whether this process hosts the ranks' store."""
     cpus_per_task: int | None = None
-    """CPUs that Slurm gave to this process; None if nobody says."""
+    """CPUs that Slurm allocated to this process; None without Slurm."""
     job_id: str | None = None
-    """Names the job, the same after a torchrun restart or a Slurm requeue; None if nothing does."""
+    """Identifies the job across torchrun restarts and Slurm requeues; None if nothing does."""
 
     @property
-    def spans_hosts(self) -> bool:
-        """Whether some ranks are on other hosts than this one, as far as can be told."""
+    def spans_nodes(self) -> bool:
+        """Whether some ranks are on other nodes, as far as the launcher's variables show."""
         return self.local_world_size < self.world_size and not re.match(
             r"localhost$|127\.|::1$", self.master_addr or ""
         )
 
     @property
+    def description(self) -> str:
+        """The number of processes and what started them: `4 processes (torchrun)`."""
+        if self.launcher == "none":
+            return "1 process"
+        return f"{self.world_size} process{'es' * (self.world_size > 1)} ({self.launcher})"
+
+    @property
     def program(self) -> str:
-        """What starts as many processes here again, typed before the script; "" if only Slurm, or
-        somebody on several hosts, can."""
-        if self.launcher == "alone":
+        """The command before the script that starts as many processes here again.
+
+        Empty under Slurm and on several nodes, where no single command does.
+        """
+        if self.launcher == "none":
             return "python"
-        several_hosts = self.local_world_size < self.world_size
-        if self.launcher == "srun" or several_hosts:
+        if self.launcher == "srun" or self.local_world_size < self.world_size:
             return ""
         return f"torchrun --nproc_per_node={self.world_size}"
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Read the launcher's variables: torchrun's, else those of an srun step, else alone.
+    """Read the launcher's variables: torchrun's, else an srun step's, else those of one process.
 
     Raises:
         UserError: the launcher set some of its variables but not all, or not to numbers.
@@ -110,8 +119,8 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     try:
         if any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")):
             return _read_torchrun(environment)
-        # SLURM_NTASKS is also set in a batch script, where nobody starts the other tasks; only
-        # srun sets the step's own count.
+        # SLURM_NTASKS is also set in a batch script, where the other tasks are not started; only
+        # srun sets the step's count.
         if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
             return _read_srun(environment)
     except (KeyError, ValueError) as error:
@@ -119,7 +128,7 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             f"the launcher's environment is incomplete ({error}); start with torchrun, srun or "
             "plain python"
         ) from error
-    return Launch(launcher="alone", job_id=_slurm_job_id(environment))
+    return Launch(launcher="none", job_id=_slurm_job_id(environment))
 
 
 def _read_torchrun(environment: Mapping[str, str]) -> Launch:
@@ -136,7 +145,7 @@ def _read_torchrun(environment: Mapping[str, str]) -> Launch:
         node_rank=int(environment.get("GROUP_RANK", "0")),
         master_addr=environment["MASTER_ADDR"],
         master_port=int(environment["MASTER_PORT"]),
-        hosts_store=environment["RANK"] == "0"
+        is_store_host=environment["RANK"] == "0"
         and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         cpus_per_task=max(1, cpus // local_world_size) if cpus else None,
         job_id=_slurm_job_id(environment) or _torchrun_job_id(environment),
@@ -147,7 +156,7 @@ def _read_srun(environment: Mapping[str, str]) -> Launch:
     world_size = int(environment["SLURM_STEP_NUM_TASKS"])
     node_rank = int(environment["SLURM_NODEID"])
     hosts = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-    # The job's number, and the step's, keep two jobs on one host from asking for one port.
+    # The numbers of job and step keep two jobs on one node from using the same port.
     unique = int(environment["SLURM_JOB_ID"]) * 7 + int(environment.get("SLURM_STEP_ID", "0"))
     return Launch(
         launcher="srun",
@@ -158,7 +167,7 @@ def _read_srun(environment: Mapping[str, str]) -> Launch:
         node_rank=node_rank,
         master_addr=environment.get("MASTER_ADDR") or first_host(hosts),
         master_port=int(environment.get("MASTER_PORT") or _FIRST_PORT + unique % _PORTS),
-        hosts_store=environment["SLURM_PROCID"] == "0",
+        is_store_host=environment["SLURM_PROCID"] == "0",
         cpus_per_task=int(environment.get("SLURM_CPUS_PER_TASK", "0")) or None,
         job_id=_slurm_job_id(environment),
     )
@@ -172,20 +181,20 @@ def _slurm_job_id(environment: Mapping[str, str]) -> str | None:
 
 
 def _torchrun_job_id(environment: Mapping[str, str]) -> str | None:
-    """Torchrun's run id, one per launch and kept over its restarts, unless the user left it out.
+    """Return a job id from torchrun's run id, which is one per launch and kept over restarts.
 
-    Rendezvous backends without an id call every launch "none", which names nothing.
+    None without one: rendezvous backends without an id set "none" for every launch.
     """
     run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
     if run_id == "none":
         return None
-    with contextlib.suppress(ValueError):  # torchrun made it up: the start is enough
+    with contextlib.suppress(ValueError):  # generated by torchrun: the start is enough
         run_id = uuid.UUID(run_id).hex[:8]
     return "torchrun-" + re.sub(r"[^\w.-]", "-", run_id)
 
 
 def first_host(nodelist: str) -> str:
-    """The first name of a Slurm node list: `gpu[03-07,9]-ib,x1` gives `gpu03-ib`."""
+    """Return the first name of a Slurm node list: `gpu[03-07,9]-ib,x1` gives `gpu03-ib`."""
     depth, end = 0, len(nodelist)
     for position, character in enumerate(nodelist):
         depth += {"[": 1, "]": -1}.get(character, 0)
@@ -196,7 +205,7 @@ def first_host(nodelist: str) -> str:
 
 
 def tasks_per_node(counts: str) -> list[int]:
-    """Slurm's SLURM_STEP_TASKS_PER_NODE, written out: `2(x3),1` gives [2, 2, 2, 1]."""
+    """Expand SLURM_STEP_TASKS_PER_NODE: `2(x3),1` gives [2, 2, 2, 1]."""
     expanded: list[int] = []
     for part in counts.split(","):
         count, _, repeat = part.partition("(x")

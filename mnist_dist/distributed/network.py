@@ -1,7 +1,8 @@
-"""How this host reaches the meeting point: its name, its port, and the interface towards it.
+"""Check how this node reaches the rendezvous endpoint: its name, its port, and the interface.
 
-`python -m mnist_dist.distributed.network HOST PORT NODE_RANK` checks and waits, then prints the
-interface and the address of this host that lead there, for launch scripts. Imports nothing slow.
+`python -m mnist_dist.distributed.network HOST PORT NODE_RANK` checks and waits, then prints this
+node's interface and address towards HOST, for launch scripts. They need it to start fast, which is
+why it is a module apart from `rendezvous`: it must not import torch.
 """
 
 import fcntl
@@ -12,28 +13,28 @@ import sys
 import time
 from collections.abc import Callable
 
-from mnist_dist.errors import MeetingError, ReportedError
+from mnist_dist.errors import RendezvousError, ReportedError
 
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR of linux/sockios.h
 _NOTICE_S = 10.0
-# A name that nobody knows by then is a typing error; a name server may be busy for a moment.
+# A name that is still unknown by then is a typing error; a name server may be busy for a moment.
 _RESOLVE_S = 15.0
 # How long a killed predecessor of this job may still hold the port.
 _PREDECESSOR_S = 5.0
-# Made by virtual machines and containers: they lead to no other host.
+# Made by virtual machines and containers: they lead to no other node.
 _VIRTUAL = ("docker", "veth", "virbr", "br-", "cni", "flannel")
 
 
 def resolve(host: str, port: int, deadline: float) -> str:
-    """The IPv4 address, else the IPv6 one, of `host`.
+    """Return the IPv4 address of `host`, else its IPv6 address.
 
     Args:
         host: a name or an address.
-        port: named in the error, for a person.
-        deadline: `time.monotonic()` at which to give up; a name that stays unknown ends sooner.
+        port: for the error's text.
+        deadline: `time.monotonic()` at which to give up; an unknown name fails sooner.
 
     Raises:
-        MeetingError: nothing knows the name.
+        RendezvousError: the name cannot be resolved.
     """
     deadline = min(deadline, time.monotonic() + _RESOLVE_S)
     while True:
@@ -42,10 +43,10 @@ def resolve(host: str, port: int, deadline: float) -> str:
             return str(min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
         except OSError as error:
             if time.monotonic() > deadline:
-                raise MeetingError(
-                    f"the name of the meeting point {host}:{port} is not known on "
-                    f"{socket.gethostname()} ({error.strerror}); give a name that every host can "
-                    "resolve, or the address"
+                raise RendezvousError(
+                    f"cannot resolve the rendezvous endpoint {host}:{port} on "
+                    f"{socket.gethostname()} ({error.strerror}); give a name that every node can "
+                    "resolve, or an IP address"
                 ) from error
             time.sleep(0.5)
 
@@ -53,38 +54,41 @@ def resolve(host: str, port: int, deadline: float) -> str:
 def wait_until_reachable(
     host: str, port: int, deadline: float, notify: Callable[[str], None]
 ) -> None:
-    """Knock until somebody listens at host:port; `notify` is told once why it takes so long.
+    """Retry until host:port accepts a connection; call `notify` once with the reason for the wait.
 
-    Torch's own client says a failure in forty lines of C++, and only at the end.
+    Torch's client reports a failure in forty lines of C++, and only at the end.
 
     Raises:
-        MeetingError: the name stays unknown, or nobody answers until `deadline`.
+        RendezvousError: the name cannot be resolved, or nothing accepts until `deadline`.
     """
     address = resolve(host, port, deadline)
-    begun, noticed = time.monotonic(), False
+    started, notified = time.monotonic(), False
     while True:
         try:
             socket.create_connection((address, port), timeout=5).close()
             return
         except OSError as error:
-            why = f"nobody answers at the meeting point {host}:{port} ({address}: {_why(error)})"
+            problem = (
+                f"cannot connect to the rendezvous endpoint {host}:{port} "
+                f"({address}: {_reason(error)})"
+            )
             now = time.monotonic()
             if now > deadline:
-                raise MeetingError(
-                    f"{why}; see that the first host is up, its name resolves to an address that "
-                    "this host can reach, and no firewall is in between"
+                raise RendezvousError(
+                    f"{problem}; check that the first node is up, that its name resolves to an "
+                    "address this node can reach, and that no firewall blocks the port"
                 ) from error
-            if not noticed and now - begun > _NOTICE_S:
-                notify(f"{socket.gethostname()} is waiting: {why}")
-                noticed = True
+            if not notified and now - started > _NOTICE_S:
+                notify(f"{socket.gethostname()} is waiting: {problem}")
+                notified = True
             time.sleep(0.2)
 
 
 def require_free(host: str, port: int) -> None:
-    """Check that this host can offer `port` to the others, who know it as host:port.
+    """Check that this node can listen on `port`, which other nodes know as host:port.
 
     Raises:
-        MeetingError: another program listens there, and goes on doing so.
+        RendezvousError: another program keeps listening there.
     """
     deadline = time.monotonic() + _PREDECESSOR_S
     while True:
@@ -95,44 +99,44 @@ def require_free(host: str, port: int) -> None:
                 return
             except OSError as error:
                 if time.monotonic() > deadline:
-                    raise MeetingError(
-                        f"the port of the meeting point {host}:{port} cannot be used on "
-                        f"{socket.gethostname()} ({_why(error)}); choose another port"
+                    raise RendezvousError(
+                        f"cannot open the rendezvous endpoint {host}:{port} on "
+                        f"{socket.gethostname()} ({_reason(error)}); choose another port"
                     ) from error
         time.sleep(0.2)
 
 
 def interfaces() -> dict[str, str]:
-    """This host's network interfaces, each with its IPv4 address, else an empty string."""
+    """Return this node's network interfaces with their IPv4 addresses, "" for those without."""
     return {name: _address_of(name) or "" for _, name in socket.if_nameindex()}
 
 
 def interface_towards(address: str) -> tuple[str, str] | None:
-    """Name and IPv4 address of the interface by which this host talks to `address`.
+    """Return the name and IPv4 address of the interface through which this node reaches `address`.
 
-    On the host of `address` itself, whose name may well mean the loopback there, it is the
-    interface that has the address, else the first that leads anywhere.
+    On the node that has `address`, where it may resolve to the loopback, this is the interface
+    with that address, else the first that is neither loopback nor virtual.
 
     Returns:
-        None where it cannot be told: no IPv4, or not Linux.
+        None if it cannot be determined: no IPv4, or not Linux.
     """
     addresses = interfaces()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((address, 9))  # sends nothing: it only asks which way it would go
+            probe.connect((address, 9))  # sends nothing: asks for the route only
             source = probe.getsockname()[0]
         except OSError:
             return None
     outward = {n: a for n, a in addresses.items() if a and not a.startswith("127.")}
-    for name, own in outward.items():
-        if own == source:
-            return name, own
+    for name, outward_address in outward.items():
+        if outward_address == source:
+            return name, outward_address
     real = [(n, a) for n, a in outward.items() if not n.startswith(_VIRTUAL)]
     return real[0] if source.startswith("127.") and real else None
 
 
 def _address_of(interface: str) -> str | None:
-    """The IPv4 address of an interface, if it has one."""
+    """Return the IPv4 address of an interface, or None."""
     request = struct.pack("256s", interface.encode()[:15])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -142,12 +146,12 @@ def _address_of(interface: str) -> str | None:
     return socket.inet_ntoa(reply[20:24])
 
 
-def _why(error: OSError) -> str:
+def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
 def main() -> int:
-    """See the head of this module."""
+    """Check, wait and print as the module's docstring says; return the exit code."""
     host, port, node_rank = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     timeout = float(os.environ.get("SETUP_TIMEOUT", "600"))
     deadline = time.monotonic() + timeout

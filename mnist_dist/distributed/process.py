@@ -12,15 +12,15 @@ from typing import NoReturn
 # Before torch, whose import takes seconds: it notes the parent that we are to end with.
 from mnist_dist.distributed.launcher import (  # isort: skip
     Launch,
-    leave_with_launcher,
+    exit_with_parent,
     read_launch,
 )
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import errors as elastic_errors
 
-from mnist_dist.distributed.failures import LostContactError
-from mnist_dist.errors import MeetingError, ReportedError
+from mnist_dist.distributed.failures import PeerLostError, wait_until_printed
+from mnist_dist.errors import RendezvousError, ReportedError
 from mnist_dist.torch_internals import default_store
 
 # How long a rank with an error of its own waits for rank 0 to print it.
@@ -38,15 +38,15 @@ def run_rank(work: Callable[[Launch], None]) -> int:
 
 @elastic_errors.record
 def _run_rank(work: Callable[[Launch], None]) -> int:
-    launch = Launch("alone")
+    launch = Launch("none")
     try:
         launch = read_launch()
-        if launch.launcher != "alone":
-            leave_with_launcher(launch.rank)
+        if launch.launcher != "none":
+            exit_with_parent(launch.rank)
         work(launch)
     except ReportedError as error:
         return exit_with_error(launch, error)
-    except LostContactError as error:
+    except PeerLostError as error:
         # One write: print would end the line with a second one, and other ranks print this too.
         sys.stderr.write(f"mnist-dist: rank {launch.rank} ends: {error}\n")
         hard_exit(1)
@@ -74,29 +74,18 @@ def exit_with_error(launch: Launch, error: ReportedError) -> int:
     for a note in its store; before there is one, each rank found the error alone and waits to be
     stopped.
     """
-    prints = launch.rank == 0 or (isinstance(error, MeetingError) and launch.local_rank == 0)
+    prints = launch.rank == 0 or (isinstance(error, RendezvousError) and launch.local_rank == 0)
     if prints:
         print(f"mnist-dist: {error.kind}: {error}", file=sys.stderr, flush=True)
     if dist.is_initialized():
-        _wait_until_printed(launch)
+        wait_until_printed(default_store(), launch.rank)
         # Left to the interpreter's shutdown, gloo's threads abort the process now and then.
         dist.destroy_process_group()
-    elif not prints and launch.launcher != "alone":
+    elif not prints and launch.launcher != "none":
         launcher, deadline = os.getppid(), time.monotonic() + _PATIENCE_S
         while os.getppid() == launcher and time.monotonic() < deadline:
             time.sleep(0.05)
     return error.exit_code
-
-
-def _wait_until_printed(launch: Launch) -> None:
-    """Note in the store that rank 0 has printed the error; on other ranks, wait for that."""
-    store, key = default_store(), "mnist-dist/error-printed"
-    deadline = time.monotonic() + _PATIENCE_S
-    with contextlib.suppress(RuntimeError):  # rank 0 may have taken the store with it
-        if launch.rank == 0:
-            store.set(key, "")
-        while not store.check([key]) and time.monotonic() < deadline:
-            time.sleep(0.05)
 
 
 def hard_exit(code: int) -> NoReturn:

@@ -1,12 +1,11 @@
-"""Meet the other processes of this start of the job, and only them.
+"""Connect the processes of one generation of the job, and no others.
 
 Torchrun keeps one store alive over its restarts and hands it to every generation of workers. What
 a dead generation wrote there, such as gloo's addresses, is found by the next one, which then tries
-to connect to the dead: most restarts fail so (measured with torch 2.13). Here rank 0 opens a fresh
-corner of the store for each generation, and nobody is let in by an old one's notes.
+to connect to the dead: most restarts fail so (measured with torch 2.13). Here rank 0 opens a new
+part of the store for each generation, its generation store, and confirms the processes in it.
 """
 
-import json
 import threading
 import time
 import uuid
@@ -15,62 +14,56 @@ from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from mnist_dist.distributed.failures import format_ranks
+from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.network import require_free, wait_until_reachable
-from mnist_dist.errors import MeetingError
+from mnist_dist.distributed.store import StoreMailbox
+from mnist_dist.errors import RendezvousError
 
-_CURRENT = "mnist-dist/generation"
 _POLL_S = 0.02
 
 
-def meet(
-    rank: int,
-    world_size: int,
-    address: str,
-    port: int,
-    hosts_store: bool,
+def rendezvous(
+    launch: Launch,
     timeout: float,
     notify: Callable[[str], None] = lambda line: None,
     flag: str = "--setup-timeout",
 ) -> Store:
-    """A store that exactly the `world_size` processes of this generation share.
+    """Return a store that exactly the processes of this generation share.
 
     Args:
-        rank: of this process.
-        world_size: how many are expected.
-        address: host of the store.
-        port: its TCP port.
-        hosts_store: this process is to host the store; otherwise somebody else does.
+        launch: this process's rank, the world size, and where the shared store is.
         timeout: seconds until this gives up.
-        notify: is told, once, why the store cannot be reached yet.
+        notify: called once, with the reason, if the store stays unreachable for a while.
         flag: the user's name for `timeout`.
 
     Raises:
-        MeetingError: the store cannot be reached, or the ranks it names did not come in time.
+        RendezvousError: the store is unreachable, or the ranks it names did not arrive in time.
     """
     deadline = time.monotonic() + timeout
-    if hosts_store:
+    address, port = launch.master_addr or "", launch.master_port or 0
+    if launch.is_store_host:
         require_free(address, port)
     else:
         wait_until_reachable(address, port, deadline, notify)
-    shared = _open(address, port, hosts_store, deadline)
+    shared = _open(address, port, launch.is_store_host, deadline)
     where = f"{address}:{port}"
-    advice = f"or raise {flag}"
-    if rank == 0:
-        return _convene(shared, world_size, where, deadline, advice)
-    return _attend(shared, rank, where, deadline, advice)
+    if launch.rank == 0:
+        return _host(shared, launch.world_size, where, deadline, flag)
+    return _join(shared, launch.rank, where, deadline, flag)
 
 
-def _open(address: str, port: int, hosts_store: bool, deadline: float) -> Store:
-    """The store that all generations share, at its host or as its client."""
+def _open(address: str, port: int, is_store_host: bool, deadline: float) -> Store:
+    """Open the store that all generations share, as its host or as a client."""
     opened: list[Store | RuntimeError] = []
 
-    def open_it() -> None:
+    def open_store() -> None:
         try:
             store = TCPStore(
-                # The host of the store may know itself by its name as something else.
-                "localhost" if hosts_store else address,
+                # The host of the store may resolve its own name to another address.
+                "localhost" if is_store_host else address,
                 port,
-                is_master=hosts_store,
+                is_master=is_store_host,
                 wait_for_workers=False,
                 timeout=timedelta(seconds=max(1.0, deadline - time.monotonic())),
             )
@@ -78,62 +71,63 @@ def _open(address: str, port: int, hosts_store: bool, deadline: float) -> Store:
         except RuntimeError as error:
             opened.append(error)
 
-    # A thread, because a client waits for ever for the answer of a program that gives none.
-    opening = threading.Thread(target=open_it, daemon=True)
+    # A thread, because a client waits forever for the answer of a program that gives none.
+    opening = threading.Thread(target=open_store, daemon=True)
     opening.start()
     opening.join(max(1.0, deadline - time.monotonic()) + 1)
     if not opened:
-        raise MeetingError(
-            f"the meeting point {address}:{port} is open but silent: another program listens "
-            "there; choose another port"
+        raise RendezvousError(
+            f"the rendezvous endpoint {address}:{port} accepts connections but does not respond: "
+            "another program is listening there; choose another port"
         )
     if isinstance(opened[0], RuntimeError):
         reason = str(opened[0]).splitlines()[0]
-        raise MeetingError(f"cannot open the meeting point {address}:{port}: {reason}") from opened[
-            0
-        ]
+        raise RendezvousError(
+            f"cannot open the rendezvous endpoint {address}:{port}: {reason}"
+        ) from opened[0]
     return opened[0]
 
 
-def _convene(shared: Store, world_size: int, where: str, deadline: float, advice: str) -> Store:
-    """Rank 0: open a generation, wait for everybody's mark, confirm the marks."""
+def _host(shared: Store, world_size: int, where: str, deadline: float, flag: str) -> Store:
+    """Open a generation as rank 0, wait for every rank's token, and confirm the tokens."""
     generation = uuid.uuid4().hex
-    corner = PrefixStore(generation, shared)
-    corner.set("present/0", generation)
-    shared.set(_CURRENT, generation)
-    keys = [f"present/{rank}" for rank in range(world_size)]
-    while not corner.check(keys):
-        if time.monotonic() > deadline:
-            missing = [rank for rank, key in enumerate(keys) if not corner.check([key])]
-            raise MeetingError(
-                f"rank(s) {', '.join(map(str, missing))} of {world_size} did not come to the "
-                f"meeting point {where} in time; see what they say, {advice}"
-            )
-        time.sleep(_POLL_S)
-    corner.set("go", json.dumps([corner.get(key).decode() for key in keys]))
-    return corner
+    generation_store = PrefixStore(generation, shared)
+    mailbox = StoreMailbox(generation_store, "rendezvous")
+    mailbox.publish("token/0", generation)
+    _current(shared).publish("generation", generation)
+    tokens = mailbox.collect([f"token/{rank}" for rank in range(world_size)], deadline)
+    if missing := [rank for rank, token in enumerate(tokens) if token is None]:
+        raise RendezvousError(
+            f"{format_ranks(missing)} of {world_size} did not reach the rendezvous endpoint "
+            f"{where} in time; see their output, or raise {flag}"
+        )
+    mailbox.publish("confirmed", tokens)
+    return generation_store
 
 
-def _attend(shared: Store, rank: int, where: str, deadline: float, advice: str) -> Store:
-    """Other ranks: leave a mark in the current generation until it is confirmed.
+def _join(shared: Store, rank: int, where: str, deadline: float, flag: str) -> Store:
+    """Leave a token in the current generation as another rank, until rank 0 confirms it.
 
-    The current generation may be a dead one's for a moment: its confirmation has other marks.
+    For a moment the current generation may be a dead one: what was confirmed there is another
+    process's token.
     """
-    mark = uuid.uuid4().hex
-    marked = None
+    token, joined = uuid.uuid4().hex, None
     while time.monotonic() < deadline:
-        if shared.check([_CURRENT]):
-            generation = shared.get(_CURRENT).decode()
-            corner = PrefixStore(generation, shared)
-            if generation != marked and not corner.check(["go"]):
-                corner.set(f"present/{rank}", mark)
-                marked = generation
-            if generation == marked and corner.check(["go"]):
-                marks = json.loads(corner.get("go"))
-                if marks[rank : rank + 1] == [mark]:
-                    return corner
+        if generation := _current(shared).read("generation"):
+            generation_store = PrefixStore(generation, shared)
+            mailbox = StoreMailbox(generation_store, "rendezvous")
+            confirmed = mailbox.read("confirmed")
+            if confirmed is None and generation != joined:
+                mailbox.publish(f"token/{rank}", token)
+                joined = generation
+            elif confirmed is not None and confirmed[rank : rank + 1] == [token]:
+                return generation_store
         time.sleep(_POLL_S)
-    raise MeetingError(
-        f"rank {rank}: rank 0 did not open the meeting at {where} in time; see what rank 0 says, "
-        f"{advice}"
+    raise RendezvousError(
+        f"rank {rank}: rank 0 did not open the rendezvous at {where} in time; see its output, "
+        f"or raise {flag}"
     )
+
+
+def _current(shared: Store) -> StoreMailbox:
+    return StoreMailbox(shared, "mnist-dist")

@@ -22,10 +22,16 @@ from mnist_dist.distributed.devices import (
     set_threads,
     use_batch_scheduling,
 )
-from mnist_dist.distributed.failures import Board, LostContactError, brief, describe, lost_contact
+from mnist_dist.distributed.failures import (
+    FailureStore,
+    PeerLostError,
+    brief,
+    describe,
+    is_comm_error,
+)
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.network import interface_towards
-from mnist_dist.distributed.rendezvous import meet
+from mnist_dist.distributed.rendezvous import rendezvous
 from mnist_dist.errors import ReportedError, UserError
 from mnist_dist.torch_internals import set_group_timeout
 
@@ -86,9 +92,8 @@ class World:
 
     def description(self) -> str:
         """Describe the processes in one phrase for the console."""
-        count = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
         talk = f", {self.backend}" if self.backend != "none" else ""
-        return f"{count} ({self.launch.launcher}), {self.device.type}{talk}"
+        return f"{self.launch.description}, {self.device.type}{talk}"
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sum `values`, of equal shape and dtype on every rank, in place and return it."""
@@ -220,7 +225,7 @@ def init_distributed(
 
     Raises:
         UserError: the device is not there, or the backend does not fit it.
-        MeetingError: the ranks did not meet.
+        RendezvousError: the ranks did not meet.
     """
     chosen = pick_device(launch, device)
     name = pick_backend(chosen, backend)
@@ -229,23 +234,16 @@ def init_distributed(
         yield World(launch, chosen, "none")
         return
     use_batch_scheduling()
-    store = meet(
-        launch.rank,
-        launch.world_size,
-        launch.master_addr or "",
-        launch.master_port or 0,
-        launch.hosts_store,
-        timeout,
-        notify=_print if launch.local_rank == 0 else lambda line: None,
-    )
+    notify = _print if launch.local_rank == 0 else lambda line: None
+    store = rendezvous(launch, timeout, notify)
     world = init_process_group(launch, chosen, name, store, timeout)
-    board = Board(store, launch.rank, launch.world_size)
+    failures = FailureStore(store, launch.rank, launch.world_size)
     try:
         yield world
     except ReportedError:
         raise
     except Exception as error:
-        _explain(error, board)
+        _explain(error, failures)
         raise
     # On success only: after a failure the peers may be gone, and destroying would wait for them.
     # Rank 0 may host the store: the barrier keeps it alive until no rank needs it.
@@ -265,7 +263,7 @@ def init_process_group(
     Raises:
         RuntimeError: the backend could not connect the ranks within `timeout` seconds.
     """
-    if launch.spans_hosts:
+    if launch.spans_nodes:
         _choose_interface(launch.master_addr or "")
     dist.init_process_group(
         backend,
@@ -292,15 +290,15 @@ def _choose_interface(address: str) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = found[0]
 
 
-def _explain(error: Exception, board: Board) -> None:
+def _explain(error: Exception, failures: FailureStore) -> None:
     """Print what failed on this rank and share it with its peers.
 
     Raises:
-        LostContactError: the error only means that a peer is gone; the text names it and its cause.
+        PeerLostError: the error only means that a peer is gone; the text names it and its cause.
     """
-    if not lost_contact(error):
-        board.post(describe(error))
-        line = f"mnist-dist: error: rank {board.rank} failed: {describe(error)}"
+    if not is_comm_error(error):
+        failures.publish(describe(error))
+        line = f"mnist-dist: error: rank {failures.rank} failed: {describe(error)}"
         print(line, file=sys.stderr, flush=True)
         return
-    raise LostContactError(f"{board.find_cause()} ({brief(error)})") from error
+    raise PeerLostError(f"{failures.find_cause()} ({brief(error)})") from error

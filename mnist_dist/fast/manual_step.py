@@ -68,7 +68,7 @@ class ManualStep:
         self._parameters = list(model.parameters())
         self._weights = nn.utils.parameters_to_vector(self._parameters).detach()
         for parameter, view in zip(self._parameters, self._views(self._weights), strict=True):
-            parameter.data = view
+            parameter.data, parameter.grad = view, None
         self._backward = ManualBackward([model.hidden1, model.hidden2, model.out])
         self._momentum = self._flat_momentum()
         self._all_reduce, self._gradients, self.description = _connect(

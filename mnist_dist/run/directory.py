@@ -14,7 +14,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from mnist_dist.atomic import write_atomically
-from mnist_dist.distributed.failures import LostContactError
+from mnist_dist.distributed.failures import PeerLostError
 from mnist_dist.errors import JobError, ReportedError, UserError
 from mnist_dist.run.checkpoint import CheckpointStore
 from mnist_dist.run.environment import environment_facts
@@ -161,9 +161,9 @@ class RunDirectory:
         """Record why the run ended early, if it had started and its disk can still be written."""
         if self.state is None:
             return
-        explained = isinstance(error, ReportedError | LostContactError)
+        explained = isinstance(error, ReportedError | PeerLostError)
         status = error.status if isinstance(error, ReportedError) else "failed"
-        resumable = status == "preempted" or isinstance(error, LostContactError)
+        resumable = status == "preempted" or isinstance(error, PeerLostError)
         reason = str(error) if explained else repr(error)
         with contextlib.suppress(OSError):
             self.checkpoints.flush()

@@ -56,7 +56,7 @@ def plain_loop(
     model = MLP()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     sampler: DistributedSampler[int] = DistributedSampler(
-        split,  # type: ignore[arg-type]
+        split,
         num_replicas=1,
         rank=0,
         seed=seed,

@@ -13,8 +13,8 @@ from processes import completed_run, hosts_of, metrics, run_job, run_ranks
 from benchmarks.faults import IN_A_SUM
 from benchmarks.live_job import LiveJob
 from mnist_dist.distributed.launcher import read_launch
-from mnist_dist.distributed.shared_memory import HostSum
-from mnist_dist.distributed.world import join
+from mnist_dist.distributed.shared_memory import SharedMemoryAllReduce
+from mnist_dist.distributed.world import init_distributed
 
 SIZES = [1, 7, 64, 1000, 136_074]
 
@@ -25,13 +25,13 @@ def values(rank: int, size: int, call: int) -> torch.Tensor:
 
 def sums(calls: int) -> list[bytes]:
     """The bytes of sums of several sizes in turn, on this rank."""
-    with join(read_launch(), "cpu", "auto") as world:
-        host_sum = HostSum(world, max(SIZES), timeout=60)
+    with init_distributed(read_launch(), "cpu", "auto") as world:
+        all_reduce = SharedMemoryAllReduce(world, max(SIZES), timeout=60)
 
-        def add_up(mine: torch.Tensor) -> bytes:
-            return host_sum.add_up(mine).numpy().tobytes()
+        def total(mine: torch.Tensor) -> bytes:
+            return all_reduce(mine).numpy().tobytes()
 
-        return [add_up(values(world.rank, size, call)) for call in range(calls) for size in SIZES]
+        return [total(values(world.rank, size, call)) for call in range(calls) for size in SIZES]
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 5, 7])
@@ -62,13 +62,13 @@ def test_hosts_add_up_their_own_sums_and_then_each_others() -> None:
 
 def sums_of_dawdlers(calls: int) -> list[float]:
     """What the sum of the call's number was at each call, between which ranks dawdle at random."""
-    with join(read_launch(), "cpu", "auto") as world:
-        host_sum, dice = HostSum(world, 64, timeout=60), random.Random(world.rank)
+    with init_distributed(read_launch(), "cpu", "auto") as world:
+        all_reduce, dice = SharedMemoryAllReduce(world, 64, timeout=60), random.Random(world.rank)
         sums = []
         for call in range(calls):
             if dice.random() < 0.1:
                 time.sleep(dice.random() / 500)
-            sums.append(host_sum.add_up(torch.full((64,), float(call))).mean().item())
+            sums.append(all_reduce(torch.full((64,), float(call))).mean().item())
         return sums
 
 
@@ -80,12 +80,12 @@ def test_ranks_that_come_early_and_late_in_turns_all_have_every_sum(world_size: 
 
 def in_its_own_place(calls: int) -> list[float]:
     """Sums of a vector made where the sum would have it."""
-    with join(read_launch(), "cpu", "auto") as world:
-        host_sum = HostSum(world, 1000, timeout=60)
+    with init_distributed(read_launch(), "cpu", "auto") as world:
+        all_reduce = SharedMemoryAllReduce(world, 1000, timeout=60)
         sums = []
         for call in range(calls):
-            host_sum.own.fill_(float(10**world.rank * (call + 1)))
-            total = host_sum.add_up(host_sum.own)
+            all_reduce.input_buffer.fill_(float(10**world.rank * (call + 1)))
+            total = all_reduce(all_reduce.input_buffer)
             assert total.eq(total[0]).all()
             sums.append(total[0].item())
         return sums
@@ -115,7 +115,7 @@ def test_the_backend_and_shared_memory_give_the_same_run(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("ranks_on", "said"),
-    [((2, 2), "shared memory, gloo beyond"), ((1, 2), "gloo: a host has one process only")],
+    [((2, 2), "shared memory, gloo between nodes"), ((1, 2), "gloo: a node has one process only")],
 )
 def test_a_run_over_hosts_gives_the_same_numbers(
     ranks_on: tuple[int, ...], said: str, tmp_path: Path
@@ -125,23 +125,23 @@ def test_a_run_over_hosts_gives_the_same_numbers(
         tmp_path, sum(ranks_on), "--run-dir=run", *FLAGS, environments=hosts_of(*ranks_on)
     )
     assert [rank.code for rank in ended] == [0] * sum(ranks_on), ended
-    assert f"step   by hand, gradients over {said}" in ended[0].out
+    assert f"step   DistributedDataParallel, gradients over {said}" in ended[0].out
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
 
 
 def one_rank_stops(how: str) -> str:
     """Sum until rank 1 leaves, or comes no more; what this rank is told."""
-    with join(read_launch(), "cpu", "auto") as world:
-        host_sum = HostSum(world, 1000, timeout=2 if how == "hangs" else 60)
+    with init_distributed(read_launch(), "cpu", "auto") as world:
+        all_reduce = SharedMemoryAllReduce(world, 1000, timeout=2 if how == "hangs" else 60)
         values = torch.zeros(1000)
         try:
             for call in range(1000):
                 if world.rank == 1 and call == 500:
                     if how == "leaves":
-                        host_sum.close()
+                        all_reduce.close()
                     time.sleep(4)
                     return ""
-                host_sum.add_up(values)
+                all_reduce(values)
         except ConnectionError as error:
             # The others see it go: by then they must have heard of rank 1 themselves.
             time.sleep(4)
@@ -149,8 +149,8 @@ def one_rank_stops(how: str) -> str:
     return "all sums were made"
 
 
-_CLOSED = "ConnectionError: Connection closed by a rank of this host"
-_TIMED_OUT = "ConnectionError: Timed out waiting for a rank of this host"
+_CLOSED = "ConnectionError: Connection closed by a rank of this node"
+_TIMED_OUT = "ConnectionError: Timed out waiting for a rank of this node"
 
 
 def test_a_rank_that_leaves_is_an_error_of_the_others() -> None:
@@ -170,7 +170,7 @@ def test_ranks_killed_in_the_middle_leave_nothing_behind(tmp_path: Path) -> None
         job.until(lambda: (job.run / "metrics.jsonl").exists())
         ranks = [pid for pid, rank in job.alive().items() if rank is not None]
         maps = [Path(f"/proc/{rank}/maps").read_text() for rank in ranks]
-        assert ["memfd:mnist-dist-sum" in text for text in maps] == [True, True]
+        assert ["memfd:mnist-dist-all-reduce" in text for text in maps] == [True, True]
         held = job.holdings()
         assert set(job.left_over(held, grace=0)) > {f"process {pid}" for pid in ranks}
         for pid in (*ranks, job.launcher.pid):
@@ -190,5 +190,5 @@ def test_a_rank_killed_inside_a_sum_ends_the_others_and_leaves_nothing_behind(
         job.until(lambda: job.trains or job.ended)
         held = job.holdings()
         assert job.wait(timeout=60) == 1
-        assert "rank(s) 1 gave no sign" in job.output
+        assert "rank 1 did not respond" in job.output
         assert job.left_over(held) == []

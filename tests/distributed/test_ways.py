@@ -1,4 +1,4 @@
-"""Every way to take a step gives the same numbers, and says which it is."""
+"""Every kind of step gives the same numbers, and is named in the line `step`."""
 
 import gzip
 import json
@@ -23,14 +23,14 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return model
 
 
-def test_by_hand_and_by_autograd_end_in_the_same_bits(tmp_path: Path) -> None:
+def test_the_manual_step_and_autograd_end_in_the_same_bits(tmp_path: Path) -> None:
     """Also with momentum, weight decay and a schedule, and batches of powers of two."""
     flags = [*FLAGS, "--momentum=0.9", "--weight-decay=0.001", "--schedule=onecycle"]
-    by_hand = completed_run(tmp_path / "hand", 1, *flags)
-    by_autograd = completed_run(tmp_path / "autograd", 1, *flags, "--backward=autograd")
-    assert losses(by_hand) == losses(by_autograd)
-    for name, weight in weights(by_autograd).items():
-        assert torch.equal(weights(by_hand)[name], weight), name
+    manual = completed_run(tmp_path / "manual", 1, *flags, "--step=manual")
+    autograd = completed_run(tmp_path / "autograd", 1, *flags)
+    assert losses(manual) == losses(autograd)
+    for name, weight in weights(autograd).items():
+        assert torch.equal(weights(manual)[name], weight), name
 
 
 def run_on_threads(threads: int, directory: str, flags: list[str]) -> Ended:
@@ -40,9 +40,9 @@ def run_on_threads(threads: int, directory: str, flags: list[str]) -> Ended:
     return run_main(directory, flags)
 
 
-def test_the_number_of_threads_changes_no_bit(tmp_path: Path) -> None:
-    """Here two threads may have one core; on some batches the job may decide to take fewer."""
-    flags = [*FLAGS, "--train-samples=4000", "--epochs=20", "--momentum=0.9"]
+def test_the_number_of_threads_changes_no_bit_of_the_manual_step(tmp_path: Path) -> None:
+    """Here two threads may have one core; on some batches the job may decide to use fewer."""
+    flags = [*FLAGS, "--train-samples=4000", "--epochs=20", "--momentum=0.9", "--step=manual"]
     found = []
     for threads in (1, 2, 3):
         (ended,) = run_ranks(
@@ -59,12 +59,13 @@ def test_the_number_of_threads_changes_no_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--backward=autograd"], "autograd, gradients over shared memory"),
-        (["--backward=autograd", "--shared-memory=off"], "autograd, gradients over gloo"),
-        (["--shared-memory=off"], "by hand, gradients over gloo"),
+        ([], "DistributedDataParallel, gradients over shared memory"),
+        (["--shared-memory=off"], "DistributedDataParallel, gradients over gloo"),
+        (["--step=manual"], "manual backward, gradients over shared memory"),
+        (["--step=manual", "--shared-memory=off"], "manual backward, gradients over gloo"),
     ],
 )
-def test_every_way_gives_the_same_losses_at_1_2_3_4_and_7_processes(
+def test_every_step_gives_the_same_losses_at_1_2_3_4_and_7_processes(
     flags: list[str], said: str, tmp_path: Path
 ) -> None:
     few = [*FLAGS, "--global-batch-size=50"]
@@ -77,11 +78,11 @@ def test_every_way_gives_the_same_losses_at_1_2_3_4_and_7_processes(
         assert losses(run) == pytest.approx(expected, rel=1e-5), world_size
 
 
-def test_a_run_begun_by_autograd_goes_on_by_hand_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_started_with_ddp_continues_with_the_manual_step(tmp_path: Path) -> None:
     flags = [*FLAGS, "--momentum=0.9"]
     whole = completed_run(tmp_path / "whole", 2, *flags)
-    run = completed_run(tmp_path / "parts", 2, *flags, "--epochs=1", "--backward=autograd")
-    ended = run_job(tmp_path, 2, f"--run-dir={run}", *flags)
+    run = completed_run(tmp_path / "parts", 2, *flags, "--epochs=1")
+    ended = run_job(tmp_path, 2, f"--run-dir={run}", *flags, "--step=manual")
     assert "resume at step 10, 1 epoch done" in ended[0].out, ended
     assert losses(run)[-2:] == pytest.approx(losses(whole)[-2:], rel=1e-6)
 
@@ -90,7 +91,10 @@ def test_a_compiled_model_gives_the_same_losses_or_says_why_it_is_none(tmp_path:
     expected = losses(completed_run(tmp_path / "plain", 2, *FLAGS))
     run = tmp_path / "compiled"
     ended = run_job(tmp_path, 2, f"--run-dir={run}", *FLAGS, "--compile")
-    assert "step   autograd, compiled, " in ended[0].out or "not compiled (" in ended[0].out, ended
+    assert (
+        "step   DistributedDataParallel, compiled, " in ended[0].out
+        or "not compiled (" in ended[0].out
+    ), ended
     assert losses(run) == pytest.approx(expected, rel=1e-5)
 
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 from processes import free_port, run_job, run_ranks, torchrun_environment
 
+from mnist_dist.distributed.devices import pick_device
 from mnist_dist.distributed.launcher import Launch, read_launch
-from mnist_dist.distributed.world import World, join, pick_device
+from mnist_dist.distributed.world import World, init_distributed
 from mnist_dist.errors import UserError
 
 
 def try_everything() -> dict[str, Any]:
     """What each collective gives on this rank, with values and with an error on rank 1 or 0."""
-    with join(read_launch(), "cpu", "auto") as world:
+    with init_distributed(read_launch(), "cpu", "auto") as world:
 
         def fails_on(rank: int) -> str:
             if world.rank == rank:
@@ -31,15 +32,17 @@ def try_everything() -> dict[str, Any]:
             return ""
 
         return {
-            "sum": world.sum(torch.tensor([1.0, world.rank], dtype=torch.float64)).tolist(),
+            "sum": world.all_reduce_sum(
+                torch.tensor([1.0, world.rank], dtype=torch.float64)
+            ).tolist(),
             "gather": world.gather(world.rank * 10),
-            "agree": world.agree(lambda: fails_on(99)),
-            "agree error": error_of(lambda: world.agree(lambda: fails_on(1))),
+            "run_on_all": world.run_on_all(lambda: fails_on(99)),
+            "run_on_all error": error_of(lambda: world.run_on_all(lambda: fails_on(1))),
             "on_main": world.on_main(lambda: fails_on(99)),
             "on_main error": error_of(lambda: world.on_main(lambda: fails_on(0))),
             "once_per_host": world.once_per_host(lambda: fails_on(99)),
-            "same": error_of(lambda: world.require_same({"--data": "abc"}, "mend it")),
-            "differs": error_of(lambda: world.require_same({"--data": world.rank}, "mend it")),
+            "same": error_of(lambda: world.check_equal({"--data": "abc"}, "mend it")),
+            "differs": error_of(lambda: world.check_equal({"--data": world.rank}, "mend it")),
         }
 
 
@@ -48,8 +51,8 @@ def test_collectives_give_every_rank_the_same_values_and_errors() -> None:
     for rank, result in enumerate(results):
         assert result["sum"] == [3.0, 3.0]
         assert result["gather"] == [0, 10, 20]
-        assert result["agree"] == f"from {rank}"
-        assert result["agree error"] == "rank 1: --data x: no such thing"
+        assert result["run_on_all"] == f"from {rank}"
+        assert result["run_on_all error"] == "rank 1: --data x: no such thing"
         assert result["on_main"] == "from 0"
         assert result["on_main error"] == "--data x: no such thing"
         assert result["once_per_host"] == "from 0"
@@ -58,7 +61,7 @@ def test_collectives_give_every_rank_the_same_values_and_errors() -> None:
 
 
 def policy() -> int:
-    with join(read_launch(), "cpu", "auto"):
+    with init_distributed(read_launch(), "cpu", "auto"):
         return os.sched_getscheduler(0)
 
 
@@ -69,7 +72,7 @@ def test_ranks_work_in_long_turns_and_a_process_alone_as_any_other() -> None:
 
 
 def two_hosts() -> tuple[str, str]:
-    with join(read_launch(), "cpu", "auto") as world:
+    with init_distributed(read_launch(), "cpu", "auto") as world:
         per_host = world.once_per_host(lambda: f"from rank {world.rank}")
 
         def fails_on_host_1() -> str:
@@ -98,7 +101,7 @@ def test_each_hosts_first_rank_acts_for_it_however_ranks_are_laid_out() -> None:
 
 
 def group_state() -> tuple[bool, str]:
-    with join(read_launch(), "cpu", "auto") as world:
+    with init_distributed(read_launch(), "cpu", "auto") as world:
         return torch.distributed.is_initialized(), world.backend
 
 
@@ -110,9 +113,9 @@ def test_one_process_makes_no_process_group_and_several_use_gloo_on_cpus() -> No
 def test_a_gpu_that_is_not_there_is_the_users_error() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert pick_device(Launch("alone"), "auto") == torch.device("cpu")
+    assert pick_device(Launch("none"), "auto") == torch.device("cpu")
     with pytest.raises(UserError, match="--device cuda"):
-        pick_device(Launch("alone"), "cuda")
+        pick_device(Launch("none"), "cuda")
 
 
 def srun_environment(rank: int, world_size: int, job: str) -> dict[str, str]:

@@ -53,7 +53,7 @@ def ranks(
     directory: Path, flags: Sequence[str], environments: Sequence[dict[str, str]]
 ) -> list[Ended]:
     """The command's `main` in a process for each of `environments`."""
-    door = "mnist_dist.commands.doctor.examination"
+    door = "mnist_dist.commands.doctor.command"
     results: list[Ended] = run_ranks(
         run_main, len(environments), str(directory), list(flags), door, environments=environments
     )
@@ -100,7 +100,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def test_one_process_alone_is_healthy_and_leaves_nothing_behind(tmp_path: Path) -> None:
     ended = command(tmp_path, "mnist-dist", "doctor")
     assert (ended.code, ended.err) == (0, ""), ended.out
-    assert verdict(ended) == "all right: this process can train here"
+    assert verdict(ended) == "OK: this process can train here"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -110,11 +110,11 @@ def test_a_healthy_pair_talks_adds_up_and_exits_with_0(tmp_path: Path) -> None:
     assert second.out == "", "one rank speaks"
     report, by_check = json.loads(first.out), found(first)
     assert report["healthy"] is True
-    assert report["verdict"].startswith("all right")
+    assert report["verdict"].startswith("OK: ")
     assert [rank["pid"] for rank in report["ranks"]] != [os.getpid()] * 2
     assert {rank["host"] for rank in report["ranks"]} == {HERE}
     assert all("127.0.0.1" in rank["interfaces"].values() for rank in report["ranks"])
-    expected = ["meeting", "versions", "devices", "interface", "messages", "clocks", "disk"]
+    expected = ["rendezvous", "versions", "devices", "interface", "messages", "clocks", "disk"]
     for check in [*expected, "all-reduce", "shared memory"]:
         assert by_check[check]["level"] == "ok", by_check[check]
     pairs = [(pair["from"], pair["to"]) for pair in by_check["messages"]["figures"]]
@@ -130,7 +130,7 @@ def test_torchrun_examines_the_processes_it_starts(tmp_path: Path) -> None:
     assert ended.code == 0, ended.out + ended.err
     assert ended.out.startswith("mnist-dist doctor: 3 processes (torchrun)\n")
     assert "3 pairs of ranks, both ways" in ended.out
-    assert verdict(ended).endswith("3 ranks on 1 host can train together")
+    assert verdict(ended).endswith("3 ranks on 1 node can train together")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -139,9 +139,7 @@ def test_an_interface_that_is_not_there_is_named_with_those_that_are(tmp_path: P
     first, second = ranks(tmp_path, [], eth7)
     assert (first.code, second.code) == (1, 1), first.out
     expected = f"there is no interface eth7 (ranks 0-1 on {HERE}); set it to "
-    assert verdict(first).startswith(
-        f"not all right: interface: GLOO_SOCKET_IFNAME=eth7: {expected}"
-    )
+    assert verdict(first).startswith(f"FAILED: interface: GLOO_SOCKET_IFNAME=eth7: {expected}")
     assert "lo, or unset it" in verdict(first)
     assert "ok    disk" in first.out, "what does not depend on it is checked all the same"
 
@@ -160,16 +158,14 @@ def test_a_port_that_another_program_has_is_named(tmp_path: Path) -> None:
         port = holder.getsockname()[1]
         first, second = doctor(tmp_path, "--timeout=12", port=port)
     assert (first.code, second.code) == (1, 1), first.out
-    expected = f"meeting: the port of the meeting point 127.0.0.1:{port} cannot be used on {HERE}"
-    assert f"not all right: {expected} (Address already in use); choose another port" == verdict(
-        first
-    )
+    expected = f"rendezvous: cannot open the rendezvous endpoint 127.0.0.1:{port} on {HERE}"
+    assert f"FAILED: {expected} (Address already in use); choose another port" == verdict(first)
 
 
 def test_a_rank_that_is_missing_is_named(tmp_path: Path) -> None:
     (first,) = doctor(tmp_path, "--timeout=10", count=3, started=1)
     assert first.code == 1
-    assert "meeting: rank(s) 1, 2 of 3 did not come to the meeting point" in verdict(first)
+    assert "rendezvous: ranks 1-2 of 3 did not reach the rendezvous endpoint" in verdict(first)
     assert "--timeout" in verdict(first)
 
 
@@ -177,7 +173,7 @@ def test_ranks_with_unequal_code_are_named_with_their_directories(tmp_path: Path
     other = tmp_path / "other"
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "mnist_dist", other / "mnist_dist", ignore=ignored)
-    with (other / "mnist_dist" / "engine.py").open("a") as file:
+    with (other / "mnist_dist" / "model.py").open("a") as file:
         file.write("# changed\n")
     environments = pair()
     environments[1]["PYTHONPATH"] = str(other)
@@ -232,7 +228,7 @@ def test_a_rank_that_falls_silent_in_the_middle_is_named(
     try:
         assert started[0].stdout is not None
         read = iter(started[0].stdout.readline, "")
-        before = next(line for line in read if " meeting " in line)
+        before = next(line for line in read if " rendezvous " in line)
         started[1].send_signal(sent)
         rest, _ = started[0].communicate(timeout=120)
     finally:
@@ -240,7 +236,7 @@ def test_a_rank_that_falls_silent_in_the_middle_is_named(
             rank.kill()
             rank.wait()
     assert started[0].returncode == 1, before + rest
-    assert f"rank 1 on {HERE} gave no answer in time" in rest.splitlines()[-1]
+    assert f"rank 1 on {HERE} did not respond in time" in rest.splitlines()[-1]
 
 
 def test_the_others_end_too_when_rank_0_and_its_store_are_gone(tmp_path: Path) -> None:
@@ -249,7 +245,7 @@ def test_the_others_end_too_when_rank_0_and_its_store_are_gone(tmp_path: Path) -
     try:
         assert started[0].stdout is not None
         read = iter(started[0].stdout.readline, "")
-        assert any(" meeting " in line for line in read)
+        assert any(" rendezvous " in line for line in read)
         started[0].kill()
         _, said = started[1].communicate(timeout=120)
     finally:
@@ -270,7 +266,7 @@ def test_more_threads_than_cpus_are_a_warning_with_the_number_to_set(tmp_path: P
     assert line.split()[0] == "warn"
     assert re.search(rf"ranks 0-1 on {HERE}: \d+ threads on \d+ CPU", line)
     assert re.search(r"unset OMP_NUM_THREADS or set it to \d+$", line)
-    assert verdict(first).startswith("all right, with 1 warning: ")
+    assert verdict(first).startswith("OK, with 1 warning: ")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_healthy_hosts_talk_by_the_interface_between_them(hosts: Hosts, tmp_path
     assert (code, second, nothing) == (0, 0, []), lines
     assert "eth0 10.77.0.1, eth0 10.77.0.2" in line_of("interface", lines)
     assert line_of("shared disk", lines).split()[0] == "ok", "both see this machine's disk"
-    assert lines[-1] == "all right: 2 ranks on 2 hosts can train together"
+    assert lines[-1] == "OK: 2 ranks on 2 nodes can train together"
 
 
 def test_a_way_that_is_blocked_between_two_hosts_is_named_by_its_ends(
@@ -83,7 +83,7 @@ def test_a_way_that_is_blocked_between_two_hosts_is_named_by_its_ends(
     assert len(failed) == 2, "each direction"
     assert "rank 1 on n2 cannot reach rank 2 on n3 at 10.77.0.3 over eth0: " in failed[0]
     assert "rank 2 on n3 cannot reach rank 1 on n2 at 10.77.0.2 over eth0: " in failed[1]
-    assert lines[-1].startswith("not all right: messages: rank 1 on n2 cannot reach rank 2 on n3")
+    assert lines[-1].startswith("FAILED: messages: rank 1 on n2 cannot reach rank 2 on n3")
     assert "GLOO_SOCKET_IFNAME" in lines[-1]
 
 
@@ -93,10 +93,10 @@ def test_a_way_to_the_first_host_that_is_blocked_is_named_on_both(
     block(hosts, "n2", "10.77.0.1", tmp_path)
     (code, lines), (second, there) = doctor(hosts, tmp_path / "job", 2, "--timeout=10")
     assert (code, second) == (1, 1)
-    assert f"rank(s) 1 of 2 did not come to the meeting point n1:{PORT}" in lines[-1]
-    expected = f"nobody answers at the meeting point n1:{PORT} (10.77.0.1: "
-    assert there[-1].startswith(f"not all right: meeting: {expected}")
-    assert "no firewall is in between" in there[-1]
+    assert f"rank 1 of 2 did not reach the rendezvous endpoint n1:{PORT}" in lines[-1]
+    expected = f"cannot connect to the rendezvous endpoint n1:{PORT} (10.77.0.1: "
+    assert there[-1].startswith(f"FAILED: rendezvous: {expected}")
+    assert "no firewall blocks the port" in there[-1]
 
 
 def test_a_loopback_that_was_chosen_for_several_hosts_is_named(
@@ -104,8 +104,8 @@ def test_a_loopback_that_was_chosen_for_several_hosts_is_named(
 ) -> None:
     (code, lines), (second, _) = doctor(hosts, tmp_path / "job", 2, GLOO_SOCKET_IFNAME="lo")
     assert (code, second) == (1, 1)
-    expected = "interface: GLOO_SOCKET_IFNAME=lo: lo leads to no other host"
-    assert lines[-1].startswith(f"not all right: {expected}")
+    expected = "interface: GLOO_SOCKET_IFNAME=lo: lo reaches no other node"
+    assert lines[-1].startswith(f"FAILED: {expected}")
     assert lines[-1].endswith("set it to eth0, or unset it")
 
 
@@ -119,4 +119,4 @@ def test_hosts_with_disks_of_their_own_are_a_warning(hosts: Hosts, tmp_path: Pat
     line = line_of("shared disk", lines)
     assert line.split()[0] == "warn"
     assert f"n2: {own} is not the directory that rank 0 on n1 writes to" in line
-    assert lines[-1].startswith("all right, with 1 warning: ")
+    assert lines[-1].startswith("OK, with 1 warning: ")

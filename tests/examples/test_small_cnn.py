@@ -56,8 +56,8 @@ def train(clone: Path, name: str, *program: str) -> Path:
     assert ended.code == 0, ended.out + ended.err
     assert "SmallCNN, 28,938 parameters" in ended.out
     several = "torchrun" in program
-    how = "gradients over shared memory" if several else "alone"
-    assert f"\nstep   autograd, {how}\n" in ended.out
+    ddp = "DistributedDataParallel, gradients over shared memory"
+    assert f"\nstep   {ddp if several else 'single process'}\n" in ended.out
     return clone / "runs" / name
 
 

@@ -32,7 +32,7 @@ def at_batch(act: Any) -> None:
     original, seen = train_ddp.train_step, 0
 
     def train_step(
-        ddp_model: torch.nn.Module,
+        model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         images: torch.Tensor,
         labels: torch.Tensor,
@@ -42,7 +42,7 @@ def at_batch(act: Any) -> None:
         seen += 1
         if seen == _AT_BATCH:
             images = act(images)
-        return original(ddp_model, optimizer, images, labels, scale)
+        return original(model, optimizer, images, labels, scale)
 
     train_ddp.train_step = train_step
 

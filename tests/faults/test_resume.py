@@ -126,7 +126,7 @@ def train_and_count(flags: list[str], stop_after: int) -> tuple[int, list[tuple[
 
     train_ddp.train_step = counted
     StopRequest._receive = noted_signal  # type: ignore[method-assign]
-    DistributedSampler.set_epoch = noted_epoch  # type: ignore[method-assign]
+    DistributedSampler.set_epoch = noted_epoch  # type: ignore[assignment, method-assign]
     return train_ddp.main(flags) or 0, used
 
 

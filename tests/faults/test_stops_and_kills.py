@@ -191,8 +191,8 @@ def test_the_others_end_by_the_step_timeout_when_a_rank_hangs(tmp_path: Path) ->
         os.kill(stopped, signal.SIGSTOP)
         ranks = {0, 2}
         job.until(lambda: not ranks & set(job.alive().values()), timeout=40)
-        assert "rank(s) 1 gave no sign" in job.output
-        assert "rank(s) 1 gave no sign" in job.status["reason"]
+        assert "rank 1 did not respond" in job.output
+        assert "rank 1 did not respond" in job.status["reason"]
         assert job.status["status"] == "failed"
         os.kill(stopped, signal.SIGKILL)  # as torchrun does, half a minute later
         assert job.wait(timeout=30) == 1
@@ -205,7 +205,7 @@ def test_a_rank_that_never_comes_is_named_within_the_setup_timeout(tmp_path: Pat
         job.until(lambda: 1 in job.alive().values())
         stopped = job.pid_of(1)
         os.kill(stopped, signal.SIGSTOP)
-        job.until(lambda: "rank(s) 1 of 2 did not come" in job.output, timeout=30)
+        job.until(lambda: "rank 1 of 2 did not reach the rendezvous" in job.output, timeout=30)
         os.kill(stopped, signal.SIGKILL)  # as torchrun would, half a minute later
         assert job.wait(timeout=30) == 1
         assert not job.run.exists()

@@ -193,8 +193,8 @@ def test_both_sides_of_a_cut_link_end_with_a_message(hosts: Hosts, tmp_path: Pat
         time.sleep(0.1)
     print(f"the link cut, every process has ended: {time.monotonic() - begun:.0f} s")
     for host, said in (
-        ("n1", "rank 0 ends: rank(s) 2, 3 gave no sign"),
-        ("n2", "rank 2 ends: the other ranks, and the host of their meeting point, cannot be"),
+        ("n1", "rank 0 ends: ranks 2-3 did not respond"),
+        ("n2", "rank 2 ends: the rendezvous endpoint did not respond: rank 0 or its node is"),
     ):
         assert said in job.log(host), job.logs()
 
@@ -211,17 +211,16 @@ def test_latency_and_loss_change_no_number(hosts: Hosts, tmp_path: Path) -> None
     job.require_losses_as_if_alone()
 
 
-def test_a_meeting_point_that_is_none_is_named_within_30_seconds(
+def test_a_wrong_rendezvous_endpoint_is_named_within_30_seconds(
     hosts: Hosts, tmp_path: Path
 ) -> None:
+    resolve = "cannot resolve the rendezvous endpoint"
+    connect = "cannot connect to the rendezvous endpoint"
     expected = {
-        ("n1", "nosuchhost:29400"): "error: the name of the meeting point nosuchhost:29400 is not",
-        ("n2", "nosuchhost:29400"): "error: the name of the meeting point nosuchhost:29400 is not",
-        ("n2", "nobody:29400"): "n2 is waiting: nobody answers at the meeting point nobody:29400",
-        (
-            "n3",
-            "n1:29401",
-        ): "n3 is waiting: nobody answers at the meeting point n1:29401 (10.77.0.1",
+        ("n1", "nosuchhost:29400"): f"error: {resolve} nosuchhost:29400 on n1 (",
+        ("n2", "nosuchhost:29400"): f"error: {resolve} nosuchhost:29400 on n2 (",
+        ("n2", "nobody:29400"): f"n2 is waiting: {connect} nobody:29400",
+        ("n3", "n1:29401"): f"n3 is waiting: {connect} n1:29401 (10.77.0.1",
     }
     jobs = []
     for number, (host, head) in enumerate(expected):
@@ -237,13 +236,14 @@ def test_a_meeting_point_that_is_none_is_named_within_30_seconds(
     assert not list(tmp_path.glob("*/run"))
 
 
-def test_nobody_at_the_meeting_point_is_an_error_in_the_end(hosts: Hosts, tmp_path: Path) -> None:
+def test_an_endpoint_where_no_program_listens_is_an_error_in_the_end(
+    hosts: Hosts, tmp_path: Path
+) -> None:
     job = HostJob(hosts, tmp_path, "2", *SHORT)
     job.start("n2", "n1:29400", SETUP_TIMEOUT="3")
     assert job.end("n2", timeout=60) == 1
-    assert (
-        job.log("n2").count("mnist-dist: error: nobody answers at the meeting point n1:29400") == 1
-    )
+    expected = "mnist-dist: error: cannot connect to the rendezvous endpoint n1:29400"
+    assert job.log("n2").count(expected) == 1
 
 
 def test_a_port_that_is_taken_is_named_on_the_host_that_should_offer_it(
@@ -259,5 +259,5 @@ def test_a_port_that_is_taken_is_named_on_the_host_that_should_offer_it(
     job = HostJob(hosts, tmp_path, "2", *SHORT)
     job.start("n1")
     assert job.end("n1", timeout=30) == 1
-    expected = "the port of the meeting point n1:29400 cannot be used on n1"
+    expected = "cannot open the rendezvous endpoint n1:29400 on n1"
     assert f"mnist-dist: error: {expected}" in job.log("n1")

@@ -161,7 +161,7 @@ def test_a_run_whose_length_is_part_of_its_schedule_is_not_said_to_extend(tmp_pa
 def test_a_warning_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
     from mnist_dist.run.console import Console
 
-    console = Console(speaks=True)
+    console = Console(enabled=True)
     for line in ("the disk is full", "the disk is full", "the data are few"):
         console.warn(line)
     assert capfd.readouterr().err.splitlines() == [

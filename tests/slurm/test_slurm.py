@@ -264,9 +264,9 @@ def test_a_head_node_that_is_none_is_said_within_30_seconds(
     nowhere = "nosuchnode"
     script = "slurm_srun.sbatch"
     job = Job(cluster, checkout, script, *SHORT, sbatch=ONE_EACH, MASTER_ADDR=nowhere)
-    cluster.until(lambda: "meeting point nosuchnode:" in job.output, timeout=30)
+    cluster.until(lambda: "rendezvous endpoint nosuchnode:" in job.output, timeout=30)
     job.until("FAILED")
-    assert "is not known on n2" in job.output
+    assert " on n2 (" in job.output, "the node is named"
 
 
 def test_bad_flags_are_one_line_and_not_requeued(cluster: Cluster, checkout: Path) -> None:
@@ -298,7 +298,7 @@ def test_srun_starts_the_doctor_on_all_nodes_and_rank_0_has_the_last_word(
     assert code == 0, lines
     assert lines[0] == "mnist-dist doctor: 4 processes (srun)"
     assert any("6 pairs of ranks, both ways" in line for line in lines)
-    assert lines[-1].endswith("4 ranks on 2 hosts can train together")
+    assert lines[-1].endswith("4 ranks on 2 nodes can train together")
     assert not (checkout / "runs").exists()
     code, lines = srun_doctor(cluster, checkout, "--export=ALL,GLOO_SOCKET_IFNAME=eth7")
     assert code == 1

@@ -1,17 +1,18 @@
-"""How many threads a process computes with, and how many of them take the steps."""
+"""How many CPUs a process may use, and how many threads it computes with."""
 
 import os
-import time
+from typing import Literal
 
 import pytest
 import torch
 
-from mnist_dist.distributed.threads import (
-    QuickestThreads,
+from mnist_dist.distributed.devices import (
     cpus_allowed,
     ranks_outnumber_cpus,
-    threads_for_one,
+    set_threads,
+    threads_per_process,
 )
+from mnist_dist.distributed.launcher import Launch
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
 
@@ -22,20 +23,20 @@ def test_no_more_cpus_than_the_process_may_run_on() -> None:
     os.sched_setaffinity(0, {min(everything)})
     try:
         assert cpus_allowed() == 1
-        assert threads_for_one(1, None) == 1
+        assert threads_per_process(1, None) == 1
     finally:
         os.sched_setaffinity(0, everything)
 
 
 def test_processes_of_a_host_share_its_cpus() -> None:
-    assert threads_for_one(1, None) == cpus_allowed()
-    assert threads_for_one(cpus_allowed(), None) == 1
-    assert threads_for_one(10 * cpus_allowed(), None) == 1
+    assert threads_per_process(1, None) == cpus_allowed()
+    assert threads_per_process(cpus_allowed(), None) == 1
+    assert threads_per_process(10 * cpus_allowed(), None) == 1
 
 
 @pytest.mark.parametrize("given", [1, 10**6])
 def test_slurms_share_is_taken_but_never_more_than_there_is(given: int) -> None:
-    assert threads_for_one(1, given) == min(given, cpus_allowed())
+    assert threads_per_process(1, given) == min(given, cpus_allowed())
 
 
 def test_ranks_outnumber_cpus_unless_each_has_been_given_its_own() -> None:
@@ -44,50 +45,28 @@ def test_ranks_outnumber_cpus_unless_each_has_been_given_its_own() -> None:
     assert not ranks_outnumber_cpus(cpus_allowed() + 1, cpus_per_task=1)
 
 
-def take_steps(threads: QuickestThreads, steps: int, quickest: int) -> list[int]:
-    """The threads of each step, where a step takes ten times as long on others than `quickest`."""
-    taken = []
-    for _ in range(steps):
-        threads.begin_step()
-        taken.append(torch.get_num_threads())
-        time.sleep(0.0005 if taken[-1] == quickest else 0.005)
-    return taken
-
-
-@pytest.mark.parametrize(("most", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6])])
-def test_powers_of_two_and_the_most_are_tried(most: int, counts: list[int]) -> None:
-    assert QuickestThreads(most).counts == counts
-
-
-@pytest.mark.parametrize("quickest", [1, 2])
-def test_the_quickest_number_is_found_and_kept(quickest: int) -> None:
-    threads = QuickestThreads(2, steps_between_trials=20)
-    taken = take_steps(threads, 150, quickest)
-    assert taken[:20] == [2] * 20, "it begins with the most"
-    settled = taken[60:]
-    assert settled.count(quickest) > settled.count(3 - quickest)
-
-
-def test_a_machine_that_changes_is_noticed() -> None:
-    threads = QuickestThreads(2, steps_between_trials=20)
-    for quickest in (1, 2, 1):
-        take_steps(threads, 120, quickest)
-        last = take_steps(threads, 56, quickest)  # a trial and what is between two
-        assert last.count(quickest) > last.count(3 - quickest)
-
-
-def test_on_many_cores_the_quickest_number_is_soon_found() -> None:
-    """Long before the first of the trials that go on for the whole job."""
-    threads = QuickestThreads(16)
-    taken = []
-    for _ in range(240):
-        threads.begin_step()
-        taken.append(torch.get_num_threads())
-        time.sleep(0.001 * taken[-1])
-    assert taken[:20] == [16] * 20
-    assert set(taken) == {16, 8, 4, 2, 1}
-    assert taken[-1] == 1
-
-
-def test_one_thread_stays_one() -> None:
-    assert take_steps(QuickestThreads(1, steps_between_trials=3), 12, 1) == [1] * 12
+@pytest.mark.parametrize(
+    ("given", "launcher", "batch", "threads"),
+    [
+        (None, "none", None, cpus_allowed()),
+        (None, "none", 1, 1),
+        (None, "none", 10**6, cpus_allowed()),
+        ("1", "torchrun", 10**6, cpus_allowed()),
+        ("3", "torchrun", 1, 3),
+        ("1", "none", 10**6, 1),
+    ],
+)
+def test_threads_follow_cpus_and_rows_unless_the_user_chose(
+    given: str | None,
+    launcher: Literal["torchrun", "none"],
+    batch: int | None,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Torchrun sets OMP_NUM_THREADS to 1 on its own, so there 1 is nobody's choice."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        torch.set_num_threads(int(given))
+    set_threads(Launch(launcher), batch)
+    assert torch.get_num_threads() == threads

@@ -1,4 +1,4 @@
-"""Who am I: what torchrun, srun and plain python tell a process."""
+"""A process's place in the job under torchrun, srun and plain python."""
 
 import pytest
 from processes import torchrun_environment
@@ -21,12 +21,12 @@ SRUN = {
 }
 
 
-def test_plain_python_is_one_process_alone() -> None:
-    assert read_launch({}) == Launch("alone")
-    assert read_launch({"RANK_OF_NOBLES": "3", "PATH": "/bin"}) == Launch("alone")
+def test_plain_python_is_one_process_without_a_launcher() -> None:
+    assert read_launch({}) == Launch("none")
+    assert read_launch({"RANK_OF_NOBLES": "3", "PATH": "/bin"}) == Launch("none")
 
 
-def test_torchrun_tells_rank_world_and_run() -> None:
+def test_torchrun_gives_rank_world_size_and_run_id() -> None:
     launch = read_launch(torchrun_environment(2, 4, 29500, "7f-a"))
     assert launch == Launch(
         launcher="torchrun",
@@ -77,11 +77,11 @@ def test_torchruns_processes_share_the_cpus_that_srun_gave_to_their_agent() -> N
     assert read_launch({"SLURM_CPUS_PER_TASK": "8", **torchrun}).cpus_per_task is None, "no step"
 
 
-def test_a_batch_script_that_starts_python_without_srun_is_alone() -> None:
-    """Slurm sets SLURM_NTASKS and SLURM_PROCID there too, but nobody starts the other tasks."""
+def test_a_batch_script_that_starts_python_without_srun_is_one_process() -> None:
+    """Slurm sets SLURM_NTASKS and SLURM_PROCID there too, but the other tasks are not started."""
     batch = {k: v for k, v in SRUN.items() if not k.startswith("SLURM_STEP_")}
     launch = read_launch({**batch, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
-    assert (launch.launcher, launch.world_size, launch.job_id) == ("alone", 1, "slurm-17")
+    assert (launch.launcher, launch.world_size, launch.job_id) == ("none", 1, "slurm-17")
 
 
 def test_each_task_of_an_array_is_a_job_of_its_own() -> None:

@@ -1,4 +1,4 @@
-"""How a host reaches the meeting point, asked of this machine's own network."""
+"""How a node reaches the rendezvous endpoint, on this machine's network."""
 
 import os
 import re
@@ -10,14 +10,15 @@ import time
 import pytest
 from processes import free_port
 
+from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.network import (
     interface_towards,
     require_free,
     resolve,
     wait_until_reachable,
 )
-from mnist_dist.distributed.rendezvous import meet
-from mnist_dist.errors import MeetingError
+from mnist_dist.distributed.rendezvous import rendezvous
+from mnist_dist.errors import RendezvousError
 
 
 def test_an_address_and_localhost_resolve() -> None:
@@ -26,52 +27,55 @@ def test_an_address_and_localhost_resolve() -> None:
     assert resolve("localhost", 1, soon) == "127.0.0.1"
 
 
-def test_an_unknown_name_is_said_with_its_port_and_this_host() -> None:
-    with pytest.raises(MeetingError, match=r"no\.such\.host\.invalid:29400 is not known on"):
+def test_the_error_for_an_unknown_name_has_its_port_and_this_host() -> None:
+    expected = "cannot resolve the rendezvous endpoint no.such.host.invalid:29400 on "
+    with pytest.raises(RendezvousError, match=re.escape(expected + socket.gethostname())):
         resolve("no.such.host.invalid", 29400, time.monotonic())
 
 
-def test_a_port_is_free_until_somebody_listens() -> None:
+def test_a_port_is_free_until_a_program_listens() -> None:
     port = free_port()
     require_free("here", port)
     with socket.create_server(("", port)):
-        expected = f"here:{port} cannot be used on {re.escape(socket.gethostname())}"
-        with pytest.raises(MeetingError, match=expected):
+        expected = f"cannot open .* here:{port} on {re.escape(socket.gethostname())} "
+        with pytest.raises(RendezvousError, match=expected):
             require_free("here", port)
 
 
-def test_one_notice_comes_before_the_error_when_nobody_listens(
+def test_one_notice_comes_before_the_error_when_no_program_listens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mnist_dist.distributed.network._NOTICE_S", 0.1)
-    port, said = free_port(), list[str]()
-    with pytest.raises(MeetingError, match=f"nobody answers at the meeting point 127.0.0.1:{port}"):
-        wait_until_reachable("127.0.0.1", port, time.monotonic() + 1, said.append)
-    assert len(said) == 1
-    assert said[0].startswith(f"{socket.gethostname()} is waiting: nobody answers")
+    port, notices = free_port(), list[str]()
+    expected = f"cannot connect to the rendezvous endpoint 127.0.0.1:{port}"
+    with pytest.raises(RendezvousError, match=expected):
+        wait_until_reachable("127.0.0.1", port, time.monotonic() + 1, notices.append)
+    assert len(notices) == 1
+    assert notices[0].startswith(f"{socket.gethostname()} is waiting: {expected}")
 
 
-def test_whoever_listens_is_reached_at_once() -> None:
+def test_a_program_that_listens_is_reached_without_a_notice() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        said = list[str]()
+        notices = list[str]()
         wait_until_reachable(
-            "localhost", server.getsockname()[1], time.monotonic() + 5, said.append
+            "localhost", server.getsockname()[1], time.monotonic() + 5, notices.append
         )
-        assert said == []
+        assert notices == []
 
 
-def test_a_program_that_only_listens_is_not_waited_for_for_ever() -> None:
+def test_the_wait_for_a_program_that_only_listens_ends() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        expected = f"the meeting point 127.0.0.1:{port} is open but silent"
-        with pytest.raises(MeetingError, match=expected):
-            meet(1, 2, "127.0.0.1", port, hosts_store=False, timeout=1)
+        launch = Launch("srun", 1, world_size=2, master_addr="127.0.0.1", master_port=port)
+        expected = f"endpoint 127.0.0.1:{port} accepts connections but does not respond"
+        with pytest.raises(RendezvousError, match=expected):
+            rendezvous(launch, timeout=1)
 
 
 def test_the_interface_towards_another_host_has_this_hosts_address() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # of the range for documentation: nobody's
+            probe.connect(("192.0.2.1", 9))  # of the range for documentation: unused
         except OSError:
             assert interface_towards("192.0.2.1") is None
             return
@@ -82,7 +86,7 @@ def test_the_interface_towards_another_host_has_this_hosts_address() -> None:
     assert (name in os.listdir("/sys/class/net"), address) == (True, own)  # noqa: PTH208
 
 
-def test_launch_scripts_are_told_in_one_line_what_is_wrong() -> None:
+def test_launch_scripts_get_one_line_that_says_what_is_wrong() -> None:
     words = [
         sys.executable,
         "-m",
@@ -95,4 +99,11 @@ def test_launch_scripts_are_told_in_one_line_what_is_wrong() -> None:
         words, env={**os.environ, "SETUP_TIMEOUT": "0"}, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"mnist-dist: error: nobody answers at .*\n", done.stderr)
+    expected = r"mnist-dist: error: cannot connect to the rendezvous endpoint .*\n"
+    assert re.fullmatch(expected, done.stderr)
+
+
+@pytest.mark.parametrize("module", ["network", "launcher"])
+def test_what_runs_before_torch_does_not_import_it(module: str) -> None:
+    code = f"import sys, mnist_dist.distributed.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,1 +1,1 @@
-"""What `mnist-dist doctor` looks at, and how it judges what it sees."""
+"""The command `mnist-dist doctor`: check whether these processes can train together."""

@@ -1,11 +1,10 @@
-"""The disk under the run directory. What is written has no name, so nothing is left there."""
+"""Measure the disk under the run directory, through an unnamed file that leaves nothing there."""
 
 import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,72 +13,73 @@ _BLOCKS = 16
 _SYNCS = 5
 # Beyond that a slow disk has been measured well enough.
 _ENOUGH_S = 1.5
-# Of one kernel: another host that has the same numbers there has another disk.
+# Local to one kernel: equal numbers on another host mean another disk.
 _LOCAL = frozenset(
     ["ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "rootfs"]
 )
 
 
-def look(path: Path, boot: str) -> dict[str, Any]:
-    """Which directory `path` is, or will be made in; nothing is touched.
+def identify(path: Path, boot: str) -> dict[str, Any]:
+    """Find the directory that `path` is or will be created in, without touching it.
 
     Args:
         path: of the runs, absolute.
-        boot: names the running kernel.
+        boot: identifies the running kernel.
 
     Returns:
-        `directory`, the nearest that exists, and whether `path` `exists` itself; `kind` of file
-        system; `identity`, which is equal on two hosts exactly where they see the same directory:
-        on a disk of their own kernel its device and inode, on a network's its inode and the
-        nanosecond of its last change; `error` alone if it cannot be read.
+        `directory`, the nearest that exists, and whether `path` itself `exists`; `kind` of file
+        system; `identity`, which is equal on two nodes exactly where they see the same directory:
+        device and inode on a local disk, inode and nanosecond of the last change on a network's;
+        `error` alone if the directory cannot be read.
     """
     try:
         directory = next(place for place in (path, *path.parents) if place.exists())
-        handle = os.open(directory, os.O_RDONLY)  # NFS asks its server again when it is opened
+        handle = os.open(directory, os.O_RDONLY)  # opening makes NFS ask its server again
         status = os.fstat(handle)
         os.close(handle)
     except OSError as error:
         return {"error": error.strerror or str(error)}
     kind, exists = _file_system(directory), directory == path
-    whose = [boot, status.st_dev] if kind in _LOCAL else [kind, status.st_ctime_ns]
-    identity = [*whose, status.st_ino, exists]
+    volume = [boot, status.st_dev] if kind in _LOCAL else [kind, status.st_ctime_ns]
+    identity = [*volume, status.st_ino, exists]
     return {"directory": str(directory), "exists": exists, "kind": kind, "identity": identity}
 
 
-def measure(look: Mapping[str, Any]) -> dict[str, Any]:
-    """Write and flush an unnamed file in the directory that `look` found.
+def measure(path: Path, boot: str) -> dict[str, Any]:
+    """Write and flush an unnamed file in the directory that `identify` finds.
 
     Returns:
-        `bytes_per_second` with the flush, `fsync_seconds` of a small write, `free_bytes`; or
-        `error`.
+        What `identify` returns, and `bytes_per_second` including the flush, `fsync_seconds` of a
+        small write, `free_bytes`; or `error`, with `directory` if it was found.
     """
-    if "error" in look:
-        return {"error": look["error"]}
-    directory = look["directory"]
+    found = identify(path, boot)
+    if "error" in found:
+        return found
+    directory = found["directory"]
     try:
         with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
-            block, begun, written = os.urandom(_BLOCK), time.perf_counter(), 0
-            while written < _BLOCKS * _BLOCK and time.perf_counter() - begun < _ENOUGH_S:
+            block, start, written = os.urandom(_BLOCK), time.perf_counter(), 0
+            while written < _BLOCKS * _BLOCK and time.perf_counter() - start < _ENOUGH_S:
                 written += file.write(block)
             os.fsync(file.fileno())
-            speed = written / (time.perf_counter() - begun)
+            speed = written / (time.perf_counter() - start)
             syncs: list[float] = []
             while len(syncs) < _SYNCS and sum(syncs) < _ENOUGH_S:
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 file.write(block[:4096])
                 os.fsync(file.fileno())
-                syncs.append(time.perf_counter() - begun)
-        return {
+                syncs.append(time.perf_counter() - start)
+        return found | {
             "bytes_per_second": speed,
             "fsync_seconds": statistics.median(syncs),
             "free_bytes": shutil.disk_usage(directory).free,
         }
     except OSError as error:
-        return {"error": error.strerror or str(error)}
+        return found | {"error": error.strerror or str(error)}
 
 
 def _file_system(directory: Path) -> str:
-    """Its type as the kernel calls it, such as `ext4` or `nfs4`; empty where nothing tells."""
+    """Return its type in the kernel's words, such as `ext4` or `nfs4`; empty if unknown."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:

@@ -1,395 +1,285 @@
-"""`mnist-dist doctor`: can processes that are started like this train here; if not, what to set.
+"""Examine the ranks of one launch: every rank measures, rank 0 checks and prints.
 
-mnist-dist doctor                                    this host
-torchrun --nproc_per_node=4 -m mnist_dist doctor     four processes of it
-srun python -m mnist_dist doctor                     one process per Slurm task
+The ranks exchange results through their store alone, which works where a backend does not.
 """
 
-import contextlib
 import dataclasses
-import os
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
-
-# Before torch, whose import takes seconds: it notes the parent that we are to end with.
-from mnist_dist.distributed.launcher import Launch, leave_with_launcher, read_launch  # isort: skip
-
-# What is wrong is said here in one line; torch's libraries would add forty to it.
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+from typing import Any
 
 import torch
 from torch.distributed import HashStore, Store
 
-from mnist_dist.commands.doctor import disk, sums
+from mnist_dist.commands.doctor import allreduce_check, checks, disk
+from mnist_dist.commands.doctor.config import DoctorConfig
 from mnist_dist.commands.doctor.facts import Facts, gather_facts
 from mnist_dist.commands.doctor.findings import Finding, Report
-from mnist_dist.commands.doctor.judge_facts import judge_facts
-from mnist_dist.commands.doctor.judge_measurements import (
-    judge_backend,
-    judge_clocks,
-    judge_disks,
-    judge_messages,
-    judge_shared_memory,
-    judge_sharing,
-)
-from mnist_dist.commands.doctor.messages import Listener, call_all
-from mnist_dist.commands.doctor.table import Table
-from mnist_dist.commands.doctor.wording import by_host, counted, introduce, name_ranks
-from mnist_dist.distributed.failures import brief, lost_contact
-from mnist_dist.distributed.rendezvous import meet
-from mnist_dist.distributed.world import World, exit_with_error, leave
-from mnist_dist.errors import MeetingError, ReportedError, UserError
-from mnist_dist.flags import parse_flags
+from mnist_dist.commands.doctor.formatting import by_node, counted, describe_ranks, name_ranks
+from mnist_dist.commands.doctor.tcp_check import connect_to_all, listen
+from mnist_dist.distributed.failures import brief, is_comm_error
+from mnist_dist.distributed.launcher import Launch
+from mnist_dist.distributed.rendezvous import rendezvous
+from mnist_dist.distributed.store import StoreMailbox
+from mnist_dist.distributed.world import World, init_process_group
+from mnist_dist.errors import RendezvousError
 
-# Parts of --timeout: for the ranks to meet, and for each of the later checks.
-_TO_MEET, _EACH = 0.6, 0.2
-# How long rank 0 waits for a rank whose check takes a little longer than it should.
+Payloads = list[Any]
+"""What each rank measured, in rank order."""
+
+# Shares of --timeout: for the rendezvous, and for each later stage.
+_RENDEZVOUS_SHARE, _STAGE_SHARE = 0.6, 0.2
+# How long rank 0 waits for a rank that takes a little longer than a stage should.
 _SLACK_S = 1.5
-_LAST_WORDS_S = 2.0
+# How long a rank stays for others that may still have to print or read something.
+_LINGER_S = 2.0
 
 
-@dataclass(frozen=True)
-class DoctorConfig:
-    """Examine the processes that are started like this, and what lies between them.
-
-    Start it as you would start training: alone, with `torchrun ... -m mnist_dist doctor` or with
-    `srun ... python -m mnist_dist doctor`. Exit code 0 says that they can train together; 1 that
-    they cannot, and the last line of rank 0 says why and what to set.
-    """
-
-    run_dir: str = "runs"
-    """Directory in which runs are to live. It is measured, and left as it is."""
-
-    timeout: float = 25.0
-    """Seconds for everything; three fifths of them for the processes to meet."""
-
-    json: bool = False
-    """Print one JSON object in place of the text."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """As for training."""
-
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """As for training."""
-
-
-class _OverError(Exception):
-    """Nothing more can be asked: a rank is silent, or the ranks run unequal code."""
+class _StopError(Exception):
+    """No other check is possible on any rank; the text is what to fix first."""
 
 
 class Examination:
-    """One rank's part: every rank looks and measures, rank 0 judges and speaks."""
+    """One rank's part in an examination."""
 
     def __init__(self, launch: Launch, config: DoctorConfig) -> None:
-        """Nothing is looked at yet."""
-        self.launch = launch
-        self.config = config
-        self.report = Report(config.json, speaks=launch.rank == 0)
-        self.stage = "start"
-        self.code = 1
+        """Prepare; the time starts now."""
+        self.exit_code = 1
+        self._launch = launch
+        self._config = config
+        self._report = Report(config.json, enabled=launch.rank == 0)
         self._deadline = time.monotonic() + config.timeout
-        self._everybody: dict[int, Facts] = {}
-        self._problems: set[str] = set()
-        """The checks that found one: the same on all ranks."""
+        self._stage = "start"
+        self._mailbox: StoreMailbox
+        self._facts_by_rank: dict[int, Facts] = {}
+        """Of every rank on rank 0, else empty."""
+        self._failed: set[str] = set()
+        """Names of the failed checks, the same on every rank."""
 
     def run(self) -> None:
-        """Look at everything; `code` is this process's exit code afterwards."""
+        """Make all checks and set `exit_code`; may block forever."""
         try:
             self._examine()
         except Exception as error:
-            if lost_contact(error):
-                self._end_alone(f"lost contact with the others ({brief(error)})")
+            if is_comm_error(error):
+                self._fail_alone(f"lost its connection to the other ranks ({brief(error)})")
             else:
                 traceback.print_exc()
 
-    def give_up(self) -> None:
-        """Say where the thread is stuck that is in `run`."""
-        self._end_alone(f"still waits after {self.config.timeout:g} s")
+    def time_out(self) -> None:
+        """Print in which stage `run` is blocked."""
+        self._fail_alone(f"is still waiting after {self._config.timeout:g} s")
 
-    def _end_alone(self, what: str) -> None:
-        """Say what became of this rank, of which no other may hear."""
-        text = f"{name_ranks([self.launch.rank], {})} on {socket.gethostname()} {what}"
-        remedy = "see what the other ranks say, or raise --timeout"
-        finding = Finding(self.stage, "problem", text, remedy)
-        if self.launch.rank == 0:
-            self.report.add(finding)
-            self._say_verdict()
+    def _fail_alone(self, text: str) -> None:
+        """Print a failure that this rank cannot report to the others."""
+        text = f"{name_ranks([self._launch.rank], {})} on {socket.gethostname()} {text}"
+        remedy = "see the output of the other ranks, or raise --timeout"
+        finding = Finding(self._stage, "problem", text, remedy)
+        if self._launch.rank == 0:
+            self._report.add(finding)
+            self._print_verdict()
         else:
             line = f"mnist-dist: error: {finding.check}: {finding.line}"
             print(line, file=sys.stderr, flush=True)
 
     def _examine(self) -> None:
-        self._title()
-        own, device = gather_facts(self.launch, self.config.device, self.config.backend)
-        own, seat = _take_seat(own)
-        self.stage = "meeting"
+        self._report.print(f"mnist-dist doctor: {self._launch.description}")
+        facts, device = gather_facts(self._launch, self._config.device, self._config.backend)
+        facts, endpoint = listen(facts)
+        self._stage = "rendezvous"
         try:
-            store = self._meet()
-        except MeetingError as error:
-            self._end_unmet(own, error)
+            store = self._rendezvous()
+        except RendezvousError as error:
+            self._end_without_rendezvous(facts, error)
             return
-        table = Table(store, self.launch.rank, self.launch.world_size)
-        with contextlib.suppress(_OverError):
-            seats = self._introduce(table, own, seat)
-            self._check_messages(table, seats)
-            self._check_disk(table)
-            self._check_sums(table, store, device)
-        self._end(table)
+        self._mailbox = StoreMailbox(store, "doctor")
+        try:
+            endpoints = self._check_facts(facts, endpoint)
+            self._check_tcp(endpoints)
+            self._check_disk(facts.boot)
+            self._check_all_reduce(store, device, facts)
+        except _StopError as first:
+            self._report.add(Finding("other checks", "skipped", f"not checked: {first}"))
+        self._end()
 
-    def _title(self) -> None:
-        processes = f"{self.launch.world_size} process{'es' * (self.launch.world_size > 1)}"
-        self.report.say(f"mnist-dist doctor: {processes} ({self.launch.launcher})")
-
-    def _meet(self) -> Store:
-        if self.launch.world_size == 1:
+    def _rendezvous(self) -> Store:
+        if self._launch.world_size == 1:
             return HashStore()
-        return meet(
-            self.launch.rank,
-            self.launch.world_size,
-            self.launch.master_addr or "",
-            self.launch.master_port or 0,
-            self.launch.hosts_store,
-            _TO_MEET * self.config.timeout,
-            flag="--timeout",
-        )
+        return rendezvous(self._launch, _RENDEZVOUS_SHARE * self._config.timeout, flag="--timeout")
 
-    def _end_unmet(self, own: Facts, error: MeetingError) -> None:
-        """Each host's first rank says what it saw: no other can."""
-        first_here = self.launch.local_rank == 0
-        if first_here and not self.report.speaks:
-            self.report.speaks = True
-            self._title()
-        self._introduced({own.rank: own})
-        self.report.add(*judge_facts(self._everybody))
-        self.report.add(Finding("meeting", "problem", str(error)))
-        self._say_verdict()
-        # A launcher stops all ranks when one ends, and others may still have something to say.
+    def _end_without_rendezvous(self, facts: Facts, error: RendezvousError) -> None:
+        """Report what the first rank of each node found: no other rank can."""
+        first_here = self._launch.local_rank == 0
+        if first_here and self._launch.rank != 0:
+            self._report.enabled = True
+            self._report.print(f"mnist-dist doctor: {self._launch.description}")
+        self._set_facts([facts])
+        self._report.add(*checks.check_facts(self._facts_by_rank))
+        self._report.add(Finding("rendezvous", "problem", str(error)))
+        self._print_verdict()
+        # A launcher stops all ranks when one exits, and others may still have to print.
         if not first_here:
-            time.sleep(max(0.0, self._deadline - _LAST_WORDS_S - time.monotonic()))
-        elif self.launch.spans_hosts:
-            time.sleep(_LAST_WORDS_S)
+            time.sleep(max(0.0, self._deadline - _LINGER_S - time.monotonic()))
+        elif self._launch.spans_nodes:
+            time.sleep(_LINGER_S)
 
-    def _round(
+    def _run_stage(
         self,
-        table: Table,
         stage: str,
-        act: Callable[[float], Any],
-        judge: Callable[[list[Any]], list[Finding]],
+        measure: Callable[[float], Any],
+        check: Callable[[Payloads], list[Finding]],
     ) -> None:
-        """Every rank acts, for so many seconds at most; rank 0 judges what each saw.
+        """Measure on every rank, for at most the seconds given, and check all results on rank 0.
 
         Raises:
-            _OverError: on all ranks, if one of them gave no answer.
+            _StopError: on all ranks, if one of them did not respond.
         """
-        self.stage = stage
+        self._stage = stage
         left = self._deadline - time.monotonic() - _SLACK_S
-        seconds = max(1.0, min(_EACH * self.config.timeout, left))
-        words = table.collect(stage, act(seconds), seconds + _SLACK_S)
-        if self.launch.rank == 0:
-            silent = [rank for rank, word in enumerate(words) if word is None]
-            findings = [self._silence(stage, silent)] if silent else judge(words)
-            self.report.add(*findings)
-            problems = [finding.check for finding in findings if finding.level == "problem"]
-            table.tell(stage, [bool(silent), problems])
-        over, problems = table.hear(stage)
-        self._problems.update(problems)
-        if over:
-            raise _OverError
+        seconds = max(1.0, min(_STAGE_SHARE * self._config.timeout, left))
+        self._mailbox.publish(f"{stage}/{self._launch.rank}", measure(seconds))
+        if self._launch.rank == 0:
+            payloads = self._collect(stage, seconds + _SLACK_S)
+            missing = [rank for rank, payload in enumerate(payloads) if payload is None]
+            findings = [self._no_response(stage, missing)] if missing else check(payloads)
+            self._report.add(*findings)
+            failed = [finding.check for finding in findings if finding.level == "problem"]
+            self._mailbox.publish(f"{stage}/result", [bool(missing), failed])
+        any_missing, failed = self._mailbox.wait_for(f"{stage}/result")
+        self._failed.update(failed)
+        if any_missing:
+            raise _StopError("every rank must respond first")
 
-    def _silence(self, stage: str, ranks: list[int]) -> Finding:
-        text = f"{name_ranks(ranks, self._everybody)} gave no answer in time"
-        remedy = "see that it is alive and what it says, or raise --timeout"
+    def _collect(self, stage: str, seconds: float) -> Payloads:
+        keys = [f"{stage}/{rank}" for rank in range(self._launch.world_size)]
+        return self._mailbox.collect(keys, time.monotonic() + seconds)
+
+    def _no_response(self, stage: str, ranks: Sequence[int]) -> Finding:
+        text = f"{name_ranks(ranks, self._facts_by_rank)} did not respond in time"
+        remedy = "check that it is alive and what it printed, or raise --timeout"
         return Finding(stage, "problem", text, remedy)
 
-    def _introduce(self, table: Table, own: Facts, seat: dict[str, Any]) -> list[dict[str, Any]]:
-        """Let all know all; returns where each rank listens.
+    def _check_facts(self, facts: Facts, endpoint: dict[str, Any]) -> list[dict[str, Any]]:
+        """Exchange facts; return the endpoint at which each rank listens.
 
         Raises:
-            _OverError: on all ranks, if they do not run the same code.
+            _StopError: on all ranks, if they do not run the same code.
         """
 
-        def judge(words: list[Any]) -> list[Finding]:
-            table.tell("everybody", words)
-            self._introduced({rank: Facts(**word["facts"]) for rank, word in enumerate(words)})
-            return [*self._met(), *judge_facts(self._everybody)]
+        def check(payloads: Payloads) -> list[Finding]:
+            self._mailbox.publish("endpoints", [payload["endpoint"] for payload in payloads])
+            self._set_facts([Facts(**payload["facts"]) for payload in payloads])
+            return [*self._connected(), *checks.check_facts(self._facts_by_rank)]
 
-        mine = {"facts": dataclasses.asdict(own), "seat": seat}
-        self._round(table, "facts", lambda seconds: mine, judge)
-        if "versions" in self._problems:
-            self._skip("the rest", "all ranks must run the same versions first")
-            raise _OverError
-        words = table.hear("everybody")
-        self._everybody = {rank: Facts(**word["facts"]) for rank, word in enumerate(words)}
-        return [word["seat"] for word in words]
+        mine = {"facts": dataclasses.asdict(facts), "endpoint": endpoint}
+        self._run_stage("facts", lambda seconds: mine, check)
+        if "versions" in self._failed:
+            raise _StopError("fix versions first")
+        endpoints: list[dict[str, Any]] = self._mailbox.wait_for("endpoints")
+        return endpoints
 
-    def _introduced(self, everybody: dict[int, Facts]) -> None:
-        """Say who is there."""
-        self._everybody = everybody
-        self.report.describe(
-            launcher=self.launch.launcher,
-            world_size=self.launch.world_size,
-            ranks=[dataclasses.asdict(facts) for facts in everybody.values()],
-        )
-        for line in introduce(everybody):
-            self.report.say(line)
+    def _set_facts(self, facts: Sequence[Facts]) -> None:
+        """Record and print which ranks there are."""
+        self._facts_by_rank = {each.rank: each for each in facts}
+        self._report.context = {
+            "launcher": self._launch.launcher,
+            "world_size": self._launch.world_size,
+            "ranks": [dataclasses.asdict(each) for each in facts],
+        }
+        for line in describe_ranks(self._facts_by_rank):
+            self._report.print(line)
 
-    def _met(self) -> list[Finding]:
-        if self.launch.world_size == 1:
+    def _connected(self) -> list[Finding]:
+        if self._launch.world_size == 1:
             return []
-        where = f"{self.launch.master_addr}:{self.launch.master_port}"
-        return [Finding("meeting", "ok", f"{self.launch.world_size} ranks came to {where}")]
+        where = f"{self._launch.master_addr}:{self._launch.master_port}"
+        return [Finding("rendezvous", "ok", f"{self._launch.world_size} ranks at {where}")]
 
-    def _skip(self, check: str, why: str) -> None:
-        self.report.add(Finding(check, "skipped", f"not checked: {why}"))
+    def _is_blocked(self, *skipped: str, by: set[str]) -> bool:
+        """Report `skipped` checks as such if one of the checks `by` failed."""
+        blocking = sorted(self._failed & by)
+        for check in skipped if blocking else ():
+            text = f"not checked: fix {' and '.join(blocking)} first"
+            self._report.add(Finding(check, "skipped", text))
+        return bool(blocking)
 
-    def _check_messages(self, table: Table, seats: list[dict[str, Any]]) -> None:
-        if self.launch.world_size == 1:
+    def _check_tcp(self, endpoints: Sequence[dict[str, Any]]) -> None:
+        if self._launch.world_size == 1 or self._is_blocked("messages", "clocks", by={"interface"}):
             return
-        if "interface" in self._problems:
-            self._skip("messages", "mend the interface first")
-            return
-        others = {rank: seat for rank, seat in enumerate(seats) if rank != self.launch.rank}
-        self._round(
-            table,
+        peers = {rank: each for rank, each in enumerate(endpoints) if rank != self._launch.rank}
+        self._run_stage(
             "messages",
-            lambda seconds: call_all(others, seconds),
-            lambda words: [
-                *judge_messages(words, self._everybody),
-                *judge_clocks(words, self._everybody),
+            lambda seconds: connect_to_all(peers, seconds),
+            lambda payloads: [
+                *checks.check_tcp(payloads, self._facts_by_rank),
+                *checks.check_clocks(payloads, self._facts_by_rank),
             ],
         )
 
-    def _check_disk(self, table: Table) -> None:
-        """The first rank of each host looks at the run directory; all look before one writes."""
-        first_here = self.launch.local_rank == 0
-        run_dir = Path(self.config.run_dir).expanduser().absolute()
-        look: dict[str, Any] = {}
-        looks: list[Any] = []
-
-        def act(seconds: float) -> dict[str, Any]:
-            if first_here:
-                look.update(disk.look(run_dir, self._everybody[self.launch.rank].boot))
-            return look
-
-        def judge(words: list[Any]) -> list[Finding]:
-            looks.extend(words)
-            return judge_sharing(words, self._everybody, self.config.run_dir)
-
-        self._round(table, "shared disk", act, judge)
-        self._round(
-            table,
+    def _check_disk(self, boot: str) -> None:
+        """Examine the run directory on the first rank of each node; all look before one writes."""
+        first_here, run_dir = self._launch.local_rank == 0, self._config.run_dir
+        path = Path(run_dir).expanduser().absolute()
+        self._run_stage(
+            "shared disk",
+            lambda seconds: disk.identify(path, boot) if first_here else {},
+            lambda payloads: checks.check_shared_disk(payloads, self._facts_by_rank, run_dir),
+        )
+        self._run_stage(
             "disk",
-            lambda seconds: disk.measure(look) if first_here else {},
-            lambda words: judge_disks(words, looks, self._everybody, self.config.run_dir),
+            lambda seconds: disk.measure(path, boot) if first_here else {},
+            lambda payloads: checks.check_disk(payloads, self._facts_by_rank, run_dir),
         )
 
-    def _check_sums(self, table: Table, store: Store, device: torch.device) -> None:
-        if self.launch.world_size == 1:
-            self._skip("other ranks", "start it with torchrun or srun, as you start training")
+    def _check_all_reduce(self, store: Store, device: torch.device, facts: Facts) -> None:
+        if self._launch.world_size == 1:
+            text = "not checked: start with torchrun or srun, as for training"
+            self._report.add(Finding("other ranks", "skipped", text))
             return
-        if blocked := self._problems & {"devices", "interface", "messages"}:
-            self._skip("all-reduce", f"mend {' and '.join(sorted(blocked))} first")
+        needed = {"devices", "interface", "messages"}
+        if self._is_blocked("all-reduce", "shared memory", by=needed):
             return
-        backend = self._everybody[self.launch.rank].backend
         worlds: list[World] = []
 
         def by_backend(seconds: float) -> dict[str, Any]:
-            # NCCL's own watch would end the process before it could say anything.
-            patience = seconds if backend == "gloo" else 10 * self.config.timeout
+            # NCCL's watchdog would end the process before it can report anything.
+            timeout = seconds if facts.backend == "gloo" else 10 * self._config.timeout
             try:
-                worlds.append(init_process_group(self.launch, device, backend, store, patience))
+                worlds.append(
+                    init_process_group(self._launch, device, facts.backend, store, timeout)
+                )
             except RuntimeError as error:
                 return {"error": brief(error)}
-            return sums.by_backend(worlds[0])
+            return allreduce_check.by_backend(worlds[0])
 
-        self._round(
-            table, "all-reduce", by_backend, lambda words: judge_backend(words, self._everybody)
+        self._run_stage(
+            "all-reduce",
+            by_backend,
+            lambda payloads: checks.check_backend(payloads, self._facts_by_rank),
         )
-        if "all-reduce" not in self._problems:
-            self._round(
-                table,
+        if not self._is_blocked("shared memory", by={"all-reduce"}):
+            self._run_stage(
                 "shared memory",
-                lambda seconds: sums.by_shared_memory(worlds[0], seconds),
-                lambda words: judge_shared_memory(words, self._everybody),
+                lambda seconds: allreduce_check.by_shared_memory(worlds[0], seconds),
+                lambda payloads: checks.check_shared_memory(payloads, self._facts_by_rank),
             )
 
-    def _say_verdict(self) -> None:
-        count, hosts = self.launch.world_size, len(by_host(self._everybody))
-        together = f"{count} ranks on {counted(hosts, 'host')} can train together"
-        self.report.close(together if count > 1 else "this process can train here")
+    def _print_verdict(self) -> None:
+        count, nodes = self._launch.world_size, len(by_node(self._facts_by_rank))
+        together = f"{count} ranks on {counted(nodes, 'node')} can train together"
+        self._report.close(together if count > 1 else "this process can train here")
 
-    def _end(self, table: Table) -> None:
-        """Rank 0 speaks the verdict; the others end after that, with the same exit code."""
-        self.stage = "verdict"
-        if self.launch.rank == 0:
-            self._say_verdict()
-            table.tell("verdict", 0 if self.report.healthy else 1)
-        self.code = table.hear("verdict")
-        # Rank 0 may host the store: it stays until all have heard.
-        table.collect("heard", True, _LAST_WORDS_S)
-
-
-def _take_seat(own: Facts) -> tuple[Facts, dict[str, Any]]:
-    """Listen for the other ranks' calls where gloo would; the facts tell if that cannot be."""
-    if own.interface_error:
-        return own, {}
-    try:
-        return own, Listener(own.address).seat
-    except OSError as error:
-        why = f"cannot listen on {own.interface} {own.address} ({error.strerror or error})"
-        return dataclasses.replace(own, interface_error=why), {}
-
-
-def parse(argv: Sequence[str]) -> DoctorConfig:
-    """Read the flags.
-
-    Raises:
-        UserError: one line that names the flag, the value and the remedy.
-    """
-    config = parse_flags(DoctorConfig, argv, "mnist-dist doctor")
-    if not 5 <= config.timeout <= 3600:
-        raise UserError(f"--timeout {config.timeout:g}: give 5 to 3600 seconds")
-    if not config.run_dir:
-        raise UserError("--run-dir: give a path, or leave the flag out")
-    if config.backend == "nccl" and config.device == "cpu":
-        raise UserError("--backend nccl: nccl needs GPUs; use gloo with --device cpu")
-    return config
-
-
-def main(argv: Sequence[str]) -> int:
-    """Examine; returns the process's exit code."""
-    launch = Launch("alone")
-    try:
-        launch = read_launch()
-        config = parse(argv)
-    except ReportedError as error:
-        return exit_with_error(launch, error)
-    if launch.launcher != "alone":
-        leave_with_launcher(launch.rank)
-    examination = Examination(launch, config)
-    # What hangs for ever, such as a network's disk or a store whose host is gone, hangs in here.
-    thread = threading.Thread(target=examination.run, daemon=True)
-    thread.start()
-    thread.join(config.timeout)
-    if thread.is_alive():
-        examination.give_up()
-    return examination.code
-
-
-def run(argv: Sequence[str]) -> NoReturn:
-    """`main` as a process of its own, which really ends."""
-    try:
-        code = main(argv)
-    except KeyboardInterrupt:
-        code = 130
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    leave(code)
+    def _end(self) -> None:
+        """Print the verdict on rank 0; the other ranks exit after that, with the same exit code."""
+        self._stage = "verdict"
+        if self._launch.rank == 0:
+            self._print_verdict()
+            self._mailbox.publish("verdict", 0 if self._report.healthy else 1)
+        self.exit_code = self._mailbox.wait_for("verdict")
+        self._mailbox.publish(f"received/{self._launch.rank}", True)
+        if self._launch.rank == 0:  # it may host the store: it stays until all have the verdict
+            self._collect("received", _LINGER_S)

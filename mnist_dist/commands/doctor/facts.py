@@ -1,4 +1,4 @@
-"""What one rank says of itself: versions, device, network, CPUs, settings."""
+"""Collect the facts of one rank: versions, device, network, CPUs, settings."""
 
 import contextlib
 import ipaddress
@@ -10,26 +10,25 @@ from typing import Any, Literal
 
 import torch
 
+from mnist_dist.distributed.devices import cpus_allowed, pick_backend, pick_device, set_threads
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.network import interface_towards, interfaces
-from mnist_dist.distributed.threads import cpus_allowed
-from mnist_dist.distributed.world import choose_threads, pick_backend, pick_device
 from mnist_dist.errors import UserError
-from mnist_dist.run.directory import code_digest, environment_facts
+from mnist_dist.run.environment import code_digest, environment_facts
 
 _SETTINGS = ("GLOO_", "NCCL_", "TORCH_NCCL_", "OMP_", "MKL_NUM", "CUDA_VISIBLE", "TP_")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """One rank, in plain types."""
+    """The facts of one rank, in plain types."""
 
     rank: int
     node_rank: int
-    spans_hosts: bool
+    spans_nodes: bool
     host: str
     boot: str
-    """Names the running kernel: equal for hosts that are containers on one machine."""
+    """Identifies the running kernel: equal for hosts that are containers on one machine."""
     pid: int
     environment: dict[str, Any]
     code: str
@@ -41,10 +40,10 @@ class Facts:
     gpus: list[str]
     """The models of the GPUs that torch sees."""
     gpu_files: int
-    """GPUs that the kernel's driver shows, whether torch sees them or not."""
+    """Number of GPUs that the driver shows, whether torch sees them or not."""
     interfaces: dict[str, str]
     interface: str
-    """The one over which gloo talks: a name, or nothing where it goes by the host's name."""
+    """The one that gloo uses; empty where gloo resolves the host's name instead."""
     address: str
     interface_error: str | None
     threads: int
@@ -55,8 +54,8 @@ class Facts:
 
 
 def gather_facts(launch: Launch, device: str, backend: str) -> tuple[Facts, torch.device]:
-    """Look at this rank, choosing device, threads and interface as training does."""
-    choose_threads(launch)
+    """Collect the facts of this rank, choosing device, threads and interface as training does."""
+    set_threads(launch)
     chosen, error = torch.device("cpu"), None
     name: Literal["gloo", "nccl"] = "gloo"
     try:
@@ -71,13 +70,13 @@ def gather_facts(launch: Launch, device: str, backend: str) -> tuple[Facts, torc
     facts = Facts(
         rank=launch.rank,
         node_rank=launch.node_rank,
-        spans_hosts=launch.spans_hosts,
+        spans_nodes=launch.spans_nodes,
         host=socket.gethostname(),
         boot=_read("/proc/sys/kernel/random/boot_id") or socket.gethostname(),
         pid=os.getpid(),
         environment=environment_facts(),
         code=code_digest(),
-        code_directory=str(Path(__file__).parent.parent),
+        code_directory=str(Path(__file__).parents[2]),
         device=str(chosen),
         backend=name,
         device_error=error,
@@ -108,7 +107,7 @@ def _cpus() -> list[int]:
 
 
 def _gloo_interface(launch: Launch) -> tuple[str, str, str | None]:
-    """Name and address of the interface over which gloo would talk, and why it cannot."""
+    """Return the interface that gloo would use, its address, and why that fails."""
     known = interfaces()
     if named := os.environ.get("GLOO_SOCKET_IFNAME", ""):
         first = named.split(",")[0]
@@ -118,16 +117,16 @@ def _gloo_interface(launch: Launch) -> tuple[str, str, str | None]:
             if not (known[name] or _ipv6(name)):
                 return named, "", f"GLOO_SOCKET_IFNAME={named}: {name} has no address"
         address = known[first] or _ipv6(first)
-        if launch.spans_hosts and ipaddress.ip_address(address).is_loopback:
-            return named, address, f"GLOO_SOCKET_IFNAME={named}: {first} leads to no other host"
+        if launch.spans_nodes and ipaddress.ip_address(address).is_loopback:
+            return named, address, f"GLOO_SOCKET_IFNAME={named}: {first} reaches no other node"
         return named, address, None
-    if launch.spans_hosts and (found := interface_towards(launch.master_addr or "")):
+    if launch.spans_nodes and (found := interface_towards(launch.master_addr or "")):
         return *found, None
-    return "", _own_address(), None
+    return "", _host_address(), None
 
 
 def _ipv6(interface: str) -> str:
-    """The global IPv6 address of an interface, if it has one."""
+    """Return the global IPv6 address of an interface, or an empty string."""
     for line in _read("/proc/net/if_inet6").splitlines():
         digits, _, _, scope, _, name = line.split()
         if name == interface and scope in ("00", "10"):  # global, host
@@ -135,8 +134,8 @@ def _ipv6(interface: str) -> str:
     return ""
 
 
-def _own_address() -> str:
-    """What the host's own name resolves to, if it is the host's; gloo's choice by itself."""
+def _host_address() -> str:
+    """Return gloo's default: the address of the host's name, if the host has that address."""
     with contextlib.suppress(OSError), socket.socket() as probe:
         address = socket.gethostbyname(socket.gethostname())
         probe.bind((address, 0))
@@ -145,7 +144,7 @@ def _own_address() -> str:
 
 
 def _nccl_interface_error() -> str | None:
-    """Why NCCL finds no interface: its variable holds beginnings, or `=names`, or `^` of either."""
+    """Return why no interface matches NCCL's variable: prefixes, `=names`, or `^` of either."""
     value = os.environ.get("NCCL_SOCKET_IFNAME", "")
     if not value or value.startswith("^"):
         return None

@@ -1,29 +1,31 @@
-"""What was found, said line by line as it comes, and the verdict in the end."""
+"""Findings, printed line by line as they come, and the verdict at the end."""
 
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from mnist_dist.commands.doctor.formatting import counted
+
 Level = Literal["ok", "warning", "problem", "skipped"]
 
-_MARKS = {"ok": "ok", "warning": "warn", "problem": "FAIL", "skipped": "-"}
+_MARKS = {"ok": "ok", "warning": "warn", "problem": "FAIL", "skipped": "skip"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     check: str
     level: Level
     text: str
     remedy: str = ""
-    """What to set or do; a warning and a problem have one."""
+    """What to set or do after a warning or a problem."""
     figures: Any = None
     """What was measured, in plain types: seconds and bytes."""
 
     @property
     def line(self) -> str:
-        """What was found and what to do."""
+        """The text and the remedy."""
         return f"{self.text}; {self.remedy}" if self.remedy else self.text
 
 
@@ -32,45 +34,43 @@ class Report:
     """The findings of one examination, printed as text at once or as JSON at the end."""
 
     as_json: bool
-    speaks: bool
-    """Whether this process says what it finds."""
+    enabled: bool
+    """Whether this process prints."""
+    context: dict[str, Any] = field(default_factory=dict)
+    """What the JSON object holds besides the findings."""
     findings: list[Finding] = field(default_factory=list)
-    _about: dict[str, Any] = field(default_factory=dict)
 
-    def say(self, line: str) -> None:
-        """A line that finds nothing, in text only."""
-        if self.speaks and not self.as_json:
+    def print(self, line: str) -> None:
+        """Print `line`, in text mode only."""
+        if self.enabled and not self.as_json:
             print(line, flush=True)
 
-    def describe(self, **about: Any) -> None:
-        """Facts that JSON is to hold beside the findings."""
-        self._about |= about
-
     def add(self, *findings: Finding) -> None:
-        """Record and say what was found."""
+        """Record and print findings."""
         for finding in findings:
             self.findings.append(finding)
-            self.say(f"  {_MARKS[finding.level]:<5} {finding.check:<13} {finding.line}")
+            self.print(f"  {_MARKS[finding.level]:<5} {finding.check:<13} {finding.line}")
 
     @property
     def healthy(self) -> bool:
-        """Whether no problem was found; warnings are none."""
-        return not any(finding.level == "problem" for finding in self.findings)
+        """Whether no check failed; a warning is no failure."""
+        return not self._of_level("problem")
 
-    def close(self, praise: str) -> None:
-        """Say the verdict, which `praise` is where there is no problem."""
-        problems = [finding for finding in self.findings if finding.level == "problem"]
-        warnings = [finding for finding in self.findings if finding.level == "warning"]
+    def close(self, success: str) -> None:
+        """Print the verdict, which is `success` if no check failed."""
+        problems, warnings = self._of_level("problem"), self._of_level("warning")
         if problems:
             more = f" (and {len(problems) - 1} more, above)" if len(problems) > 1 else ""
-            verdict = f"not all right: {problems[0].check}: {problems[0].line}{more}"
+            verdict = f"FAILED: {problems[0].check}: {problems[0].line}{more}"
         elif warnings:
-            count = f"{len(warnings)} warning{'s' if len(warnings) > 1 else ''}"
-            verdict = f"all right, with {count}: {praise}"
+            verdict = f"OK, with {counted(len(warnings), 'warning')}: {success}"
         else:
-            verdict = f"all right: {praise}"
-        self.say(verdict)
-        if self.speaks and self.as_json:
+            verdict = f"OK: {success}"
+        self.print(verdict)
+        if self.enabled and self.as_json:
             findings = [asdict(finding) for finding in self.findings]
-            about = {"healthy": not problems, "verdict": verdict, **self._about}
-            print(json.dumps(about | {"findings": findings}), flush=True)
+            summary = {"healthy": self.healthy, "verdict": verdict, **self.context}
+            print(json.dumps(summary | {"findings": findings}), flush=True)
+
+    def _of_level(self, level: Level) -> list[Finding]:
+        return [finding for finding in self.findings if finding.level == level]

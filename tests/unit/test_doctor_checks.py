@@ -1,4 +1,4 @@
-"""What the doctor makes of facts and figures that cannot be brought about on one machine."""
+"""The doctor's checks of facts and measurements that cannot be produced on one machine."""
 
 import dataclasses
 import socketserver
@@ -8,23 +8,26 @@ from typing import Any
 
 import pytest
 
+from mnist_dist.commands.doctor.checks import (
+    check_backend,
+    check_clocks,
+    check_devices,
+    check_shared_memory,
+    check_threads,
+    check_versions,
+)
 from mnist_dist.commands.doctor.facts import Facts, gather_facts
 from mnist_dist.commands.doctor.findings import Finding
-from mnist_dist.commands.doctor.judge_facts import judge_devices, judge_threads, judge_versions
-from mnist_dist.commands.doctor.judge_measurements import (
-    judge_backend,
-    judge_clocks,
-    judge_shared_memory,
-)
-from mnist_dist.commands.doctor.messages import Listener, call
-from mnist_dist.commands.doctor.wording import amount, duration, name_ranks, spans
+from mnist_dist.commands.doctor.formatting import amount, duration, name_ranks
+from mnist_dist.commands.doctor.tcp_check import Listener, connect
+from mnist_dist.distributed.failures import format_ranges
 from mnist_dist.distributed.launcher import Launch
 
 
 @pytest.fixture(scope="module")
 def pair() -> dict[int, Facts]:
-    """Real facts of this process, as if told by two hosts."""
-    own, _ = gather_facts(Launch("alone"), "cpu", "auto")
+    """Real facts of this process, as if of two nodes."""
+    own, _ = gather_facts(Launch("none"), "cpu", "auto")
     first = dataclasses.replace(own, host="n1", threads=1, cpus=[0, 1], cpus_at_once=2)
     return {0: first, 1: dataclasses.replace(first, rank=1, node_rank=1, host="n2")}
 
@@ -35,55 +38,55 @@ def changed(pair: dict[int, Facts], **facts: Any) -> dict[int, Facts]:
 
 def test_unequal_torch_is_a_problem_and_unequal_python_a_warning(pair: dict[int, Facts]) -> None:
     versions = pair[1].environment | {"torch": "2.12.0", "python": "3.10.1"}
-    found = judge_versions(changed(pair, environment=versions))
+    found = check_versions(changed(pair, environment=versions))
     assert [(finding.check, finding.level) for finding in found] == [
         ("versions", "problem"),
         ("versions", "warning"),
     ]
     assert found[0].text.endswith("; rank 1 on n2 has 2.12.0")
     assert found[0].remedy == "install one version of torch for every rank"
-    assert [finding.level for finding in judge_versions(pair)] == ["ok"]
+    assert [finding.level for finding in check_versions(pair)] == ["ok"]
 
 
 def test_a_rank_without_its_gpu_is_named(pair: dict[int, Facts]) -> None:
     gpu = dataclasses.replace(pair[0], device="cuda:0", backend="nccl", gpus=["H100"])
     blind = dataclasses.replace(pair[1], gpu_files=1)
-    problem, warning = judge_devices({0: gpu, 1: blind})
+    problem, warning = check_devices({0: gpu, 1: blind})
     assert "rank 0 on n1 has cuda; rank 1 on n2 has cpu" in problem.text
     assert (problem.level, warning.level) == ("problem", "warning")
-    assert warning.text.startswith("rank 1 on n2: the host has a GPU that torch does not see")
+    assert warning.text.startswith("rank 1 on n2: the node has a GPU that torch does not see")
 
 
 def test_ranks_that_are_bound_to_one_cpu_are_a_warning(pair: dict[int, Facts]) -> None:
     here = {rank: dataclasses.replace(f, node_rank=0, cpus=[3]) for rank, f in pair.items()}
-    (finding,) = judge_threads(here)
+    (finding,) = check_threads(here)
     assert finding.level == "warning"
     assert "2 ranks share 1 CPU (3)" in finding.text
-    assert judge_threads(pair)[0].level == "ok"
+    assert check_threads(pair)[0].level == "ok"
 
 
 @pytest.mark.parametrize(("ahead", "way"), [(3.0, "3 s ahead of"), (-7200.0, "7200 s behind")])
 def test_a_clock_that_is_off_is_named(ahead: float, way: str, pair: dict[int, Facts]) -> None:
-    words = [{"1": {"error": None, "clock": ahead}}, {}]
-    (finding,) = judge_clocks(words, pair)
+    payloads = [{"1": {"error": None, "clock": ahead}}, {}]
+    (finding,) = check_clocks(payloads, pair)
     assert finding.level == "warning"
     assert f"the clock of rank 1 on n2 is {way} that of rank 0 on n1" in finding.text
 
 
 def test_a_wrong_sum_and_a_failed_one_are_problems_with_their_rank(pair: dict[int, Facts]) -> None:
-    right = {"sums": [{"bytes": 1024, "seconds": 0.001, "right": True}]}
-    wrong = {"sums": [{"bytes": 1024, "seconds": 0.001, "right": False}]}
-    (finding,) = judge_backend([right, wrong], pair)
+    right = {"sums": [{"bytes": 1024, "seconds": 0.001, "correct": True}]}
+    wrong = {"sums": [{"bytes": 1024, "seconds": 0.001, "correct": False}]}
+    (finding,) = check_backend([right, wrong], pair)
     assert (finding.level, finding.text) == ("problem", "sums over gloo are wrong on rank 1 on n2")
-    (finding,) = judge_backend([{"error": "Timed out"}, right], pair)
+    (finding,) = check_backend([{"error": "Timed out"}, right], pair)
     assert finding.text == "sums over gloo failed on rank 0 on n1: Timed out"
-    assert judge_backend([right, right], pair)[0].level == "ok"
+    assert check_backend([right, right], pair)[0].level == "ok"
 
 
 def test_memory_that_cannot_be_shared_is_a_warning_since_gloo_takes_over(
     pair: dict[int, Facts],
 ) -> None:
-    (finding,) = judge_shared_memory([{"refused": "no memfd"}] * 2, pair)
+    (finding,) = check_shared_memory([{"refused": "no memfd"}] * 2, pair)
     assert finding.level == "warning"
     assert "no memfd" in finding.text
 
@@ -111,15 +114,15 @@ def small_only() -> Iterator[dict[str, Any]]:
 def test_a_path_that_drops_large_messages_is_told_from_one_that_drops_all(
     small_only: dict[str, Any],
 ) -> None:
-    assert call(small_only, 1).error == "small messages pass, one of 64 KiB does not: timed out"
-    other = call(small_only | {"token": "mine"}, 1)
+    assert connect(small_only, 1).error == "small messages pass, one of 64 KiB does not: timed out"
+    other = connect(small_only | {"token": "mine"}, 1)
     assert other.error == "another program answers there"
-    made = call(Listener("127.0.0.1").seat, 5)
+    made = connect(Listener("127.0.0.1").endpoint, 5)
     assert made.error is None
     assert made.round_trip > 0
 
 
-def test_quantities_and_ranks_are_worded_for_people(pair: dict[int, Facts]) -> None:
+def test_quantities_and_ranks_are_formatted_for_people(pair: dict[int, Facts]) -> None:
     assert [duration(s) for s in (0.000052, 0.0123, 0.99999, 3.41, 75)] == [
         "0.052 ms",
         "12 ms",
@@ -133,10 +136,10 @@ def test_quantities_and_ranks_are_worded_for_people(pair: dict[int, Facts]) -> N
         "544 kB",
         "3.2 TB",
     ]
-    assert spans([3, 0, 1, 2, 6]) == "0-3, 6"
+    assert format_ranges([3, 0, 1, 2, 6]) == "0-3, 6"
     assert name_ranks([0, 1], pair) == "ranks 0 on n1, 1 on n2"
 
 
 def test_a_finding_is_one_line_with_its_remedy() -> None:
-    assert Finding("x", "problem", "it is broken", "mend it").line == "it is broken; mend it"
+    assert Finding("x", "problem", "it is broken", "fix it").line == "it is broken; fix it"
     assert Finding("x", "ok", "it is whole").line == "it is whole"

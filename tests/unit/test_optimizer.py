@@ -1,0 +1,62 @@
+"""The optimizer against torch.optim.SGD: the same bits, the same state."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from processes import command
+
+from mnist_dist.model import MLP
+from mnist_dist.optimizer import LeanSGD
+
+
+@pytest.mark.parametrize(("momentum", "decay"), [(0, 0), (0, 0.01), (0.9, 0), (0.9, 0.01)])
+def test_steps_and_state_are_those_of_torch_to_the_last_bit(momentum: float, decay: float) -> None:
+    torch.manual_seed(0)
+    ours, theirs = MLP(), MLP()
+    theirs.load_state_dict(ours.state_dict())
+    lean = LeanSGD(ours.parameters(), 0.1, momentum, weight_decay=decay)
+    sgd = torch.optim.SGD(theirs.parameters(), 0.1, momentum, weight_decay=decay)
+    for number in range(6):
+        for model in (ours, theirs):
+            generator = torch.Generator().manual_seed(number)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+        sgd.step()
+        lean.step()
+        if number == 2:  # a resume in between
+            lean.load_state_dict(copy.deepcopy(lean.state_dict()))
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    found, expected = lean.state_dict(), sgd.state_dict()
+    assert found["param_groups"] == expected["param_groups"]
+    assert bool(found["state"]) == bool(momentum)
+    for number, state in found["state"].items():
+        assert torch.equal(state["momentum_buffer"], expected["state"][number]["momentum_buffer"])
+
+
+def test_a_layer_that_a_step_did_not_use_stays_as_it_is() -> None:
+    model = MLP()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = LeanSGD(model.parameters(), 0.1, 0.9, weight_decay=0.1)
+    model.out(torch.rand(3, 256)).sum().backward()
+    optimizer.step()
+    changed = {n for n, w in model.state_dict().items() if not torch.equal(w, before[n])}
+    assert changed == {"out.weight", "out.bias"}
+
+
+def test_a_training_step_never_imports_torchs_compiler() -> None:
+    """It takes as long to import as torch itself."""
+    program = """
+import sys, torch, train_ddp
+from mnist_dist.model import MLP
+from mnist_dist.optimizer import build_optimizer
+model = MLP()
+optimizer, _ = build_optimizer(model, 0.1, 0.9, 0.01, "constant", 1)
+train_ddp.train_step(model, optimizer, torch.rand(8, 784), torch.arange(8), 1 / 8)
+optimizer.load_state_dict(optimizer.state_dict())
+print("torch._dynamo" in sys.modules)
+"""
+    assert command(Path(), sys.executable, "-c", program).out == "False\n"
