@@ -32,5 +32,5 @@ def late(*arguments: Any) -> Any:
 
 if __name__ == "__main__":
     train_ddp.train_step = slowly  # type: ignore[assignment]
-    Job.build_step = late  # type: ignore[method-assign]
+    Job.build_step = late  # type: ignore[assignment, method-assign]
     train_ddp.run()
