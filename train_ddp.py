@@ -19,18 +19,18 @@ from mnist_dist.config import TrainConfig, parse_config
 from mnist_dist.data import Dataset
 from mnist_dist.distributed import process
 from mnist_dist.evaluation import evaluate, train_epoch
-from mnist_dist.job import Job, Meetings, begin, look_at, opened, report, resume, save
+from mnist_dist.job import Job, Meetings, begin, build_plots, opened, report, resume, save
 from mnist_dist.model import build_model
 from mnist_dist.optimizer import FlatSGD
 from mnist_dist.run.clock import EpochClock
 from mnist_dist.run.console import Course, Progress
-from mnist_dist.run.metrics import Look, is_looked_at
+from mnist_dist.run.metrics import EpochPlots, should_log_plots
 from mnist_dist.run.profiling import profiled
 from mnist_dist.run.state import TrainState
 from mnist_dist.sampling import Sharding
 from mnist_dist.steps import Choice, build_step
 
-_DRAWN_MISTAKES = 24
+_DRAWN_ERRORS = 16
 
 
 def train(config: TrainConfig, launch: Launch) -> None:
@@ -103,9 +103,9 @@ def fit(job: Job, meetings: Meetings) -> None:
 def finish_epoch(job: Job, trained: dict[str, float], progress: Progress) -> None:
     """Validate, record, say and save an epoch whose training gave the figures `trained`."""
     config, state = job.config, job.state
-    drawn = config.tensorboard == "full" and is_looked_at(state.epoch + 1, config.epochs)
+    drawn = config.tensorboard == "full" and should_log_plots(state.epoch + 1, config.epochs)
     validation = evaluate(
-        state.model, job.dataset.validation, job.world, _DRAWN_MISTAKES if drawn else 0
+        state.model, job.dataset.validation, job.world, _DRAWN_ERRORS if drawn else 0
     )
     improved = state.finish_epoch(validation.loss)
     figures = {
@@ -116,7 +116,8 @@ def finish_epoch(job: Job, trained: dict[str, float], progress: Progress) -> Non
     }
     # Recorded before it is saved: dying in between repeats the epoch and cuts its record off.
     if job.world.is_main:
-        job.record.figures(state, figures, look=look_at(job, validation) if drawn else None)
+        plots = build_plots(job, validation) if drawn else None
+        job.record.log_metrics(state, figures, plots=plots)
     progress.epoch(state.epoch, state.step, figures, improved)
     due = state.epoch % config.checkpoint_every_epochs == 0 or state.epoch == config.epochs
     save(job, figures, best=improved, newest=due)
@@ -129,10 +130,10 @@ def test(job: Job) -> None:
     state.model.load_state_dict(world.on_main(record.store.load_best)["model"])
     result = evaluate(state.model, job.dataset.test, world)
     figures = {"test/loss": result.loss, "test/accuracy": result.accuracy}
-    look = Look("test", result.confusion) if job.config.tensorboard == "full" else None
+    plots = EpochPlots("test", result.confusion) if job.config.tensorboard == "full" else None
     if world.is_main:
         details = {"test/accuracy_by_digit": result.accuracy_by_class}
-        record.figures(state, figures, details, look)
+        record.log_metrics(state, figures, details, plots)
     report(job, result)
 
 

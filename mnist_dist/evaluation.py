@@ -83,29 +83,27 @@ def _own_parts(
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """A sample that the model takes for another digit."""
+class ConfidentError:
+    """A misclassified sample."""
 
     index: int
-    """Its place in the split."""
+    """Position in the split."""
     label: int
-    """The digit it is."""
     predicted: int
-    """The digit it was taken for."""
     probability: float
-    """What the model gave to that digit, 0 to 1."""
+    """Softmax probability of the prediction, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Exact figures of a model on a whole split."""
+    """Exact metrics of a model on a whole split."""
 
     loss: float
     """Mean cross entropy over all samples."""
     confusion: tuple[tuple[int, ...], ...]
-    """Samples by digit (row) and by what the model took it for (column): the diagonal is right."""
-    mistakes: tuple[Mistake, ...] = ()
-    """The surest of the wrong answers, the surest first: as many as were asked for."""
+    """Samples by label (row) and prediction (column): the diagonal is correct."""
+    most_confident_errors: tuple[ConfidentError, ...] = ()
+    """Misclassified samples by falling probability of the prediction, as many as requested."""
 
     @property
     def count(self) -> int:
@@ -125,18 +123,18 @@ class Evaluation:
 
     @property
     def confusions(self) -> list[tuple[int, int, int]]:
-        """(samples, digit, taken for) of each pair that was confused, the most frequent first."""
+        """(samples, label, predicted) of each pair that was confused, the most frequent first."""
         pairs = [
-            (count, digit, taken)
-            for digit, row in enumerate(self.confusion)
-            for taken, count in enumerate(row)
-            if count and taken != digit
+            (count, label, predicted)
+            for label, row in enumerate(self.confusion)
+            for predicted, count in enumerate(row)
+            if count and predicted != label
         ]
         return sorted(pairs, key=lambda pair: (-pair[0], *pair[1:]))
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, split: Split, world: World, mistakes: int = 0) -> Evaluation:
+def evaluate(model: nn.Module, split: Split, world: World, errors: int = 0) -> Evaluation:
     """Evaluate every sample of `split` once, shared out over all ranks.
 
     Sums are taken in float64 and divided once, after the all-reduce, so the result does not depend
@@ -148,7 +146,7 @@ def evaluate(model: nn.Module, split: Split, world: World, mistakes: int = 0) ->
             collectives of its own.
         split: the whole split, on the model's device.
         world: the ranks that share the work.
-        mistakes: how many of the surest wrong answers to name; equal on all ranks.
+        errors: number of most confident errors to return; equal on all ranks.
 
     Raises:
         RuntimeError: the ranks did not evaluate each sample exactly once.
@@ -169,17 +167,14 @@ def evaluate(model: nn.Module, split: Split, world: World, mistakes: int = 0) ->
     if count != len(split):
         raise RuntimeError(f"evaluated {count} samples of a split of {len(split)}")
     table = sums[1:].long().view(_CLASSES, _CLASSES).tolist()
-    return Evaluation(
-        loss=sums[0].item() / count,
-        confusion=tuple(map(tuple, table)),
-        mistakes=_surest_mistakes(logits, predicted, labels, world, mistakes) if mistakes else (),
-    )
+    found = _most_confident_errors(logits, predicted, labels, world, errors) if errors else ()
+    return Evaluation(sums[0].item() / count, tuple(map(tuple, table)), found)
 
 
-def _surest_mistakes(
+def _most_confident_errors(
     logits: Tensor, predicted: Tensor, labels: Tensor, world: World, most: int
-) -> tuple[Mistake, ...]:
-    """The surest of all ranks' mistakes; each rank gives `most` rows, filled up with index -1."""
+) -> tuple[ConfidentError, ...]:
+    """Gather `most` rows from each rank, padded with index -1, and return the most confident."""
     wrong = (predicted != labels).nonzero().flatten()
     probability, order = logits[wrong].softmax(1).amax(1).sort(descending=True)
     chosen = wrong[order[:most]]
@@ -188,9 +183,9 @@ def _surest_mistakes(
     rows = torch.full((most, 4), -1, dtype=torch.float64)
     rows[: len(chosen)] = torch.stack([column.double() for column in columns], 1).cpu()
     found = [
-        Mistake(int(index), int(label), int(taken), sureness)
+        ConfidentError(int(index), int(label), int(prediction), confidence)
         for part in world.gather_tensors(rows)
-        for index, label, taken, sureness in part.tolist()
+        for index, label, prediction, confidence in part.tolist()
         if index >= 0
     ]
-    return tuple(sorted(found, key=lambda m: (-m.probability, m.index))[:most])
+    return tuple(sorted(found, key=lambda error: (-error.probability, error.index))[:most])

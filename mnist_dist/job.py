@@ -25,7 +25,7 @@ from mnist_dist.model import describe
 from mnist_dist.run import summary
 from mnist_dist.run.console import Console
 from mnist_dist.run.directory import code_digest, find_run_directory
-from mnist_dist.run.metrics import Look
+from mnist_dist.run.metrics import EpochPlots
 from mnist_dist.run.record import Record
 from mnist_dist.run.state import TrainState
 from mnist_dist.sampling import Sharding
@@ -245,14 +245,14 @@ def save(job: Job, figures: dict[str, float], best: bool, newest: bool) -> None:
             job.record.save(saved, job.state, figures, best, newest)
 
 
-def look_at(job: Job, validation: Evaluation) -> Look:
-    """What TensorBoard draws of an epoch."""
+def build_plots(job: Job, validation: Evaluation) -> EpochPlots:
+    """Return what TensorBoard draws of an epoch."""
     images = job.dataset.validation.images
-    mistakes = [
-        (images[m.index].cpu(), f"{m.label}>{m.predicted} {m.probability:.0%}")
-        for m in validation.mistakes
+    errors = [
+        (images[e.index].cpu(), f"{e.label} predicted as {e.predicted}\n{e.probability:.0%}")
+        for e in validation.most_confident_errors
     ]
-    return Look("val", validation.confusion, mistakes, job.state.model)
+    return EpochPlots("val", validation.confusion, errors, job.state.model)
 
 
 def report(job: Job, result: Evaluation) -> None:

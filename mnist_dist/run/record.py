@@ -11,7 +11,7 @@ from mnist_dist.errors import JobError, ReportedError
 from mnist_dist.run.checkpoint import CheckpointStore
 from mnist_dist.run.console import Console
 from mnist_dist.run.directory import RunDirectory, Status, environment_facts
-from mnist_dist.run.metrics import Look, Tracker
+from mnist_dist.run.metrics import EpochPlots, MetricsWriter
 from mnist_dist.run.state import TrainState
 
 
@@ -22,7 +22,7 @@ class Record:
         """Name the run's directory, the number of checkpoints to keep, where to say warnings."""
         self.directory = RunDirectory(path)
         self.store = CheckpointStore(path / "checkpoints", keep)
-        self._tracker = Tracker(path)
+        self._metrics = MetricsWriter(path, console.warn)
         self._console = console
         self._begun = False
 
@@ -38,7 +38,7 @@ class Record:
     @property
     def records(self) -> list[dict[str, Any]]:
         """What was recorded of the run so far, also by earlier starts; empty if not open here."""
-        return self._tracker.records
+        return self._metrics.records
 
     def begin(
         self,
@@ -63,18 +63,21 @@ class Record:
             self.directory.write_json("environment.json", environment)
             self._begun = True
             texts = {"config": config, "environment": environment}
-            self._tracker.open(state.step, texts, settings)
+            self._metrics.open(state.step, texts, settings)
 
-    def figures(
+    def log_metrics(
         self,
         state: TrainState,
-        figures: Mapping[str, float],
+        metrics: Mapping[str, float],
         details: Mapping[str, Sequence[float]] | None = None,
-        look: Look | None = None,
+        plots: EpochPlots | None = None,
     ) -> None:
-        """Record figures at the state's step; a disk that cannot take them is a warning."""
-        with self._warned("the figures of this step"):
-            self._tracker.record(state.epoch, state.step, figures, details, look)
+        """Record metrics at the state's step; a disk that cannot take them is a warning."""
+        for tag, value in metrics.items():
+            self._metrics.add_scalar(tag, value, state.step)
+        if plots:
+            self._metrics.add_plots(plots, state.step)
+        self._metrics.commit(state.epoch, state.step, details)
 
     def save(
         self,
@@ -99,7 +102,7 @@ class Record:
     def finish(self, state: TrainState, results: Mapping[str, Any]) -> None:
         """Close the record of a run that has done all its epochs; `results` are for a person."""
         with self._reported():
-            self._tracker.close(state.step, {"results": results})
+            self._metrics.close(state.step, {"results": results})
             self._write_status("completed", state.epoch, state.step, "all epochs done", False)
 
     def end(self, state: TrainState, error: BaseException) -> None:

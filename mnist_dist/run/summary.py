@@ -45,15 +45,15 @@ def digits(accuracy_by_digit: Sequence[float]) -> str:
 
 
 def confusions(worst: Sequence[tuple[int, int, int]]) -> str:
-    """What is taken for what most often, in one line.
+    """Format the most frequent confusions as one line.
 
     Args:
-        worst: (samples, digit, taken for), the most frequent first.
+        worst: (samples, label, predicted), the most frequent first.
     """
     errors = sum(count for count, _, _ in worst)
     if not errors:
         return "none"
-    named = [f"{digit} taken for {taken}: {count} times" for count, digit, taken in worst]
+    named = [f"{label} predicted as {found}: {count} times" for count, label, found in worst]
     once = [name.replace(": 1 times", ": once") for name in named[:_CONFUSIONS]]
     return f"{errors:,} in all; {', '.join(once)}"
 

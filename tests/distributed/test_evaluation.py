@@ -76,38 +76,38 @@ def test_accuracy_by_class_is_each_digits_own_share() -> None:
         assert share == pytest.approx(right[of_digit].double().mean().item())
 
 
-def evaluate_with_mistakes() -> Evaluation:
+def evaluate_with_errors() -> Evaluation:
     with join(read_launch(), "cpu", "auto") as world:
-        return evaluate(made_model(), made_split(203), world, mistakes=9)
+        return evaluate(made_model(), made_split(203), world, errors=9)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_confusions_and_surest_mistakes_are_those_of_the_whole_split(world_size: int) -> None:
+def test_confusions_and_most_confident_errors_are_those_of_the_whole_split(world_size: int) -> None:
     split, model = made_split(203), made_model()
     with torch.inference_mode():
         probabilities = model(pixels(split.images)).softmax(1)
     sure, predicted = probabilities.max(1)
     wrong = [n for n in sure.argsort(descending=True).tolist() if predicted[n] != split.labels[n]]
     pairs = list(zip(split.labels.tolist(), predicted.tolist(), strict=True))
-    for result in run_ranks(evaluate_with_mistakes, world_size):
+    for result in run_ranks(evaluate_with_errors, world_size):
         for label in range(10):
-            for taken in range(10):
-                assert result.confusion[label][taken] == pairs.count((label, taken))
-        assert [m.index for m in result.mistakes] == wrong[:9]
-        for mistake in result.mistakes:
-            assert (mistake.label, mistake.predicted) == pairs[mistake.index]
-            assert mistake.probability == pytest.approx(sure[mistake.index].item(), rel=1e-5)
+            for predicted_as in range(10):
+                assert result.confusion[label][predicted_as] == pairs.count((label, predicted_as))
+        assert [e.index for e in result.most_confident_errors] == wrong[:9]
+        for error in result.most_confident_errors:
+            assert (error.label, error.predicted) == pairs[error.index]
+            assert error.probability == pytest.approx(sure[error.index].item(), rel=1e-5)
         counts = [count for count, _, _ in result.confusions]
         assert counts == sorted(counts, reverse=True)
         assert sum(counts) == len(wrong)
 
 
-def evaluate_a_few_with_mistakes() -> Evaluation:
+def evaluate_a_few_with_errors() -> Evaluation:
     with join(read_launch(), "cpu", "auto") as world:
-        return evaluate(made_model(), made_split(2), world, mistakes=9)
+        return evaluate(made_model(), made_split(2), world, errors=9)
 
 
-def test_ranks_without_a_sample_name_no_mistake() -> None:
-    for result in run_ranks(evaluate_a_few_with_mistakes, 3):
-        assert sum(count for count, _, _ in result.confusions) == len(result.mistakes)
-        assert {m.index for m in result.mistakes} <= {0, 1}
+def test_ranks_without_a_sample_name_no_error() -> None:
+    for result in run_ranks(evaluate_a_few_with_errors, 3):
+        assert sum(count for count, _, _ in result.confusions) == len(result.most_confident_errors)
+        assert {e.index for e in result.most_confident_errors} <= {0, 1}

@@ -49,7 +49,7 @@ def require_story(lines: list[str], run: Path) -> None:
     assert digits.split(maxsplit=1)[1] == "  ".join(shares)
     (errors,) = [line for line in lines if line.startswith("errors ")]
     wrong = round((1 - test["test/accuracy"]) * 500)
-    assert re.match(rf"errors {wrong} in all; \d taken for \d: \d+ times, ", errors)
+    assert re.match(rf"errors {wrong} in all; \d predicted as \d: \d+ times, ", errors)
 
 
 def require_progress(found: list[tuple[str, str, str]]) -> None:

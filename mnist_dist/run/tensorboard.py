@@ -1,0 +1,110 @@
+"""TensorBoard's SummaryWriter for a run that may be killed and resumed; imported by rank 0 only."""
+# ruff: noqa: E402
+
+import io
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from PIL import Image
+
+# TensorBoard imports TensorFlow where it is installed (seconds, and messages on stderr) unless
+# this module exists (tensorboard/compat/__init__.py); then it takes its own small substitute.
+sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import FileWriter, RecordWriter, SummaryWriter
+from torch.utils.tensorboard.summary import hparams, text
+
+
+class RunSummaryWriter(SummaryWriter):
+    """A SummaryWriter of one event file, with what a run needs besides points, in that same file.
+
+    Methods raise OSError if the file cannot be written.
+    """
+
+    file_writer: Any
+    all_writers: Any
+
+    def _get_file_writer(self) -> Any:
+        """Return the file; the first call creates it."""
+        if self.file_writer is None:
+            self.file_writer = _EventFile(Path(self.log_dir))
+            self.all_writers = {self.log_dir: self.file_writer}
+            version, start = "brain.Event:2", SessionLog(status=SessionLog.START)
+            self.file_writer.add_event(Event(file_version=version), self.purge_step)
+            self.file_writer.add_event(Event(session_log=start), self.purge_step)
+        return self.file_writer
+
+    def add_table(self, tag: str, cells: Mapping[str, Any], step: int) -> None:
+        """Add a text: a table of names and values."""
+        rows = "".join(f"| {name} | {_cell(value)} |\n" for name, value in cells.items())
+        summary = text(tag, f"| name | value |\n|---|---|\n{rows}")
+        summary.value[0].tag = tag  # without add_text's suffix
+        self._get_file_writer().add_summary(summary, step)
+
+    def add_drawing(self, tag: str, image: Image.Image, step: int) -> None:
+        """Add an image with its palette, which add_image would expand to many times the bytes."""
+        png = io.BytesIO()
+        image.save(png, "PNG")
+        content = Summary.Image(height=image.height, width=image.width, colorspace=3)
+        content.encoded_image_string = png.getvalue()
+        summary = Summary(value=[Summary.Value(tag=tag, image=content)])
+        self._get_file_writer().add_summary(summary, step)
+
+    def start_session(self, settings: Mapping[str, Any], metrics: Sequence[str], step: int) -> None:
+        """Add a row to the HParams table: settings, and the latest values of `metrics`.
+
+        SummaryWriter.add_hparams would put it into a subdirectory, as a run of its own.
+        """
+        plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
+        experiment, start, _ = hparams(plain, dict.fromkeys(metrics))
+        self._get_file_writer().add_summary(experiment, step)
+        self._get_file_writer().add_summary(start, step)
+
+    def end_session(self, step: int) -> None:
+        """Mark the row of `start_session` as finished."""
+        *_, end = hparams({}, {})
+        self._get_file_writer().add_summary(end, step)
+
+
+class _EventFile(FileWriter):
+    """An event file written by the caller's thread, whose name sorts after its directory's others.
+
+    tensorboard's own writes from a thread, which dies of a full disk with a traceback. It is named
+    by the clock; but TensorBoard reads files in the order of their names, so that after a clock
+    was set back, the purge of an older run's file would hide the points of a newer one.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        stamps = [path.name.split(".")[3] for path in directory.glob("events.out.tfevents.*")]
+        later = [int(stamp) + 1 for stamp in stamps if stamp.isdecimal()]
+        stamp = max([int(time.time()), *later])
+        name = f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
+        self._directory = directory
+        self._records = RecordWriter((directory / name).open("xb"))
+
+    def get_logdir(self) -> str:
+        return str(self._directory)
+
+    def add_event(self, event: Any, step: int | None = None, walltime: float | None = None) -> None:
+        event.wall_time = time.time() if walltime is None else walltime
+        event.step = step or 0
+        self._records.write(event.SerializeToString())
+
+    def flush(self) -> None:
+        self._records.flush()
+
+    def close(self) -> None:
+        self._records.close()
+
+
+def _cell(value: Any) -> str:
+    words = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return words.replace("|", r"\|")
