@@ -3,8 +3,8 @@
 python -m benchmarks.records --epochs 25
 
 The record is all that an epoch leaves beside checkpoints: metrics.jsonl, TensorBoard's curves and,
-in epochs that have them, its pictures and histograms, for which validation also names the surest
-mistakes. The console's lines are in it, too.
+in epochs that have them, its plots and histograms, for which validation also finds the most
+confident errors. The console's lines are in it, too.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from mnist_dist.evaluation import evaluate, train_epoch
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import FlatSGD
 from mnist_dist.run.console import Console, Course
-from mnist_dist.run.metrics import Look, Tracker, is_looked_at
+from mnist_dist.run.metrics import EpochPlots, MetricsWriter, should_log_plots
 from mnist_dist.run.state import TrainState
 from mnist_dist.sampling import Sharding
 from mnist_dist.steps import Choice, build_step
@@ -54,15 +54,15 @@ class Training:
         self.sharding = Sharding(len(self.dataset.train), 64, 0, 1, seed=0)
         samples, steps = self.sharding.samples, self.sharding.steps_per_epoch
         self.course = Course(self.epochs, steps, samples, 1, done=0)
-        self.tracker = Tracker(self.directory)
+        self.metrics = MetricsWriter(self.directory, warn=print)
         if self.level != "nothing":
-            self.tracker.open(0, {}, {})
+            self.metrics.open(0, {}, {})
 
     def epoch(self) -> float:
         """Train, validate and record an epoch; the seconds that it took."""
         state, begun = self.state, time.perf_counter()
         number = state.epoch + 1
-        drawn = self.level == "full" and is_looked_at(number, self.epochs)
+        drawn = self.level == "full" and should_log_plots(number, self.epochs)
         console = Console(speaks=self.level != "nothing")
         with console.progress(self.course) as progress:
             for loss_sum in train_epoch(self.step, None, self.dataset.train, self.sharding, number):
@@ -71,18 +71,21 @@ class Training:
             state.settle()
             loss = state.loss_sum / self.sharding.samples
             split = self.dataset.validation
-            validation = evaluate(state.model, split, self.world, 24 if drawn else 0)
+            validation = evaluate(state.model, split, self.world, 16 if drawn else 0)
             best = state.finish_epoch(validation.loss)
             if self.level != "nothing":
                 figures = {"train/loss": loss, "val/loss": validation.loss, "lr": 0.01}
                 figures |= {"val/accuracy": validation.accuracy, "perf/step_ms": 0.0}
                 figures["train/gradient_norm"] = self.step.gradient_norm() or 0.0
                 figures["perf/samples_per_second"] = 0.0
-                look = None
                 if drawn:
-                    digits = [(split.images[m.index], "0>1 99%") for m in validation.mistakes]
-                    look = Look("val", validation.confusion, digits, state.model)
-                self.tracker.record(state.epoch, state.step, figures, look=look)
+                    wrong = validation.most_confident_errors
+                    digits = [(split.images[e.index], "0 predicted as 1\n99%") for e in wrong]
+                    plots = EpochPlots("val", validation.confusion, digits, state.model)
+                    self.metrics.add_plots(plots, state.step)
+                for tag, value in figures.items():
+                    self.metrics.add_scalar(tag, value, state.step)
+                self.metrics.commit(state.epoch, state.step)
                 progress.epoch(state.epoch, state.step, figures, best)
         return time.perf_counter() - begun
 
@@ -113,14 +116,14 @@ def measure(data: str, epochs: int) -> None:
 
 
 def main() -> None:
-    """Print the table of levels, and how long TensorBoard's protocol takes to import."""
+    """Print the table of levels, and how long TensorBoard's writer takes to import."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="auto", help="as of train_ddp.py")
     parser.add_argument("--epochs", type=int, default=25)
     chosen = parser.parse_args()
     measure(chosen.data, chosen.epochs)
     print("\n| import, after torch | ms, the least of 5 |\n|---|---|")
-    for module in ("mnist_dist.run.event_file", "torch.utils.tensorboard"):
+    for module in ("torch.utils.tensorboard", "mnist_dist.run.tensorboard", "mnist_dist.run.plots"):
         program = (
             "import torch, time, mnist_dist; begun = time.perf_counter(); "
             f"import {module}; print(time.perf_counter() - begun)"

@@ -128,8 +128,9 @@ class TrainConfig:
     runs/<timestamp>_<launch id>."""
 
     tensorboard: Literal["minimal", "full"] = "full"
-    """What TensorBoard is given. minimal: curves, settings and texts. full: also pictures of the
-    confusions, of the surest mistakes and of the weights, in epochs 1, 2, 4, 8 ... and the last."""
+    """What to write for TensorBoard. minimal: curves, settings and texts. full: also plots of the
+    confusion matrix, the most confident errors and the weights, in epochs 1, 2, 4, 8 ... and the
+    last."""
 
     checkpoint_every_epochs: int = 1
     """Epochs between checkpoints (the last epoch always has one)."""

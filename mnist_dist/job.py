@@ -269,7 +269,7 @@ class Job:
         """Collect what TensorBoard shows of an epoch besides its scalars."""
         images = self.dataset.validation.images
         errors = [
-            (images[e.index].cpu(), f"{e.label} predicted\nas {e.predicted}, {e.probability:.0%}")
+            (images[e.index].cpu(), f"{e.label} predicted as {e.predicted}\n{e.probability:.0%}")
             for e in validation.most_confident_errors
         ]
         return EpochPlots("val", validation.confusion, errors, state.model)

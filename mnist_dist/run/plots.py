@@ -31,20 +31,19 @@ def confusion_matrix(counts: Sequence[Sequence[int]]) -> Image.Image:
     """
     table = np.asarray(counts)
     shades = (_DARK * np.sqrt(table / np.maximum(table.sum(1, keepdims=True), 1))).astype(int)
-    size, cell, left, top = len(table), 44, 58, 54
-    width, height = left + size * cell, top + size * cell
-    image = Image.new("L", (width, height), _LIGHT)
-    draw = ImageDraw.Draw(image)
-    _write(draw, "label", (left + size * cell // 2, 16))
+    size, cell, margin = len(table), 44, 56
+    image = Image.new("L", (margin + size * cell, margin + size * cell), _LIGHT)
+    middle = margin + size * cell // 2
+    _write(ImageDraw.Draw(image), "label", (middle, 16))
     image = image.transpose(Image.Transpose.ROTATE_90)
     draw = ImageDraw.Draw(image)
-    _write(draw, "predicted", (left + size * cell // 2, 16))
+    _write(draw, "predicted", (middle, 16))
     for row in range(size):
-        middle = row * cell + cell // 2
-        _write(draw, str(row), (left + middle, top - 14))
-        _write(draw, str(row), (left - 14, top + middle))
+        y = margin + row * cell
+        _write(draw, str(row), (y + cell // 2, margin - 14))
+        _write(draw, str(row), (margin - 14, y + cell // 2))
         for column in range(size):
-            x, y, shade = left + column * cell, top + row * cell, int(shades[row, column])
+            x, shade = margin + column * cell, int(shades[row, column])
             draw.rectangle((x, y, x + cell - 2, y + cell - 2), shade)
             if count := table[row, column]:
                 contrast = _LIGHT if shade > 128 else _DARK

@@ -73,11 +73,11 @@ def test_time_series_has_a_drawn_card_for_every_figure(
     page.save(shots / f"time-series-{group}.png")
 
 
-def test_images_has_confusions_mistakes_and_weights(
+def test_images_has_confusions_errors_and_weights(
     address: str, page: browser.Page, shots: Path
 ) -> None:
     page.open(f"{address}#images")
-    page.until(shows("test/confusion", "val/confusion", "val/surest_mistakes", pictures=6))
+    page.until(shows("test/confusion", "val/confusion", "val/most_confident_errors", pictures=6))
     page.save(shots / "images.png")
     page.open(f"{address}?tagFilter=first_layer#timeseries")  # the other page has it folded up
     page.until(shows("weights/first_layer", pictures=2))

@@ -39,7 +39,7 @@ def require_story(lines: list[str], run: Path) -> None:
         assert f"train loss {record['train/loss']:.4f}" in line
         assert f"val loss {record['val/loss']:.4f}, {record['val/accuracy']:6.2%}" in line
         assert f"{record['perf/samples_per_second']:,.0f} samples/s" in line
-        assert line.endswith(" left" if record["epoch"] < 3 else " in all")
+        assert line.endswith(" left" if record["epoch"] < 3 else " total")
     end = heads.index("best")
     assert [head for head in heads[end:] if head != "final"] == LABELS
     (tested,) = [line for line in lines if line.startswith("test ")]
@@ -49,7 +49,7 @@ def require_story(lines: list[str], run: Path) -> None:
     assert digits.split(maxsplit=1)[1] == "  ".join(shares)
     (errors,) = [line for line in lines if line.startswith("errors ")]
     wrong = round((1 - test["test/accuracy"]) * 500)
-    assert re.match(rf"errors {wrong} in all; \d taken for \d: \d+ times, ", errors)
+    assert re.match(rf"errors {wrong} total; \d predicted as \d: \d+, ", errors)
 
 
 def require_progress(found: list[tuple[str, str, str]]) -> None:
