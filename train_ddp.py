@@ -56,7 +56,7 @@ def build_state(
     if config.schedule == "onecycle":
         steps = config.epochs * sharding.steps_per_epoch
         scheduler = OneCycleLR(optimizer, config.lr, steps, cycle_momentum=False)
-    identity = config.maths() | {"data": dataset.fingerprint}
+    identity = config.hyperparameters() | {"data": dataset.fingerprint}
     return TrainState(model, optimizer, scheduler, identity)
 
 
@@ -64,7 +64,7 @@ def fit(job: Job, meetings: Meetings) -> None:
     """Train and validate epoch by epoch, from where the state stands."""
     config, world, state, sharding = job.config, job.world, job.state, job.sharding
     choice = Choice(
-        autograd=config.backward == "autograd",
+        autograd=config.step == "ddp",
         share_memory=config.shared_memory == "auto",
         compression=config.grad_compression,
         compile=config.compile,

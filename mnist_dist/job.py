@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mnist_dist.config import TrainConfig
-from mnist_dist.data import Dataset, load, locate
+from mnist_dist.data import Dataset, find_data, load
 from mnist_dist.distributed.ddp import require_compression
 from mnist_dist.distributed.failures import LostContactError
 from mnist_dist.distributed.launcher import Launch
@@ -84,10 +84,10 @@ def _set_up(config: TrainConfig, world: World, build_state: Build) -> Job:
 
 def _load_data(config: TrainConfig, world: World, console: Console) -> Dataset:
     """The three splits on this rank's device; found, and converted if need be, once per host."""
-    located = world.once_per_host(lambda: locate(config.data, config.cache_dir))
-    for warning in located.warnings:
+    location = world.once_per_host(lambda: find_data(config.data, config.cache_dir))
+    for warning in location.warnings:
         console.warn(warning)
-    dataset = world.agree(lambda: load(located))
+    dataset = world.agree(lambda: load(location))
     if (samples := config.train_samples) is not None:
         dataset = world.agree(lambda: dataset.first_training_samples(samples))
     world.require_same(
@@ -143,8 +143,8 @@ def begin(job: Job) -> None:
     world.require_same({"the weights": state.weights_digest()}, "this is a bug, or bad memory")
     data = {"data": job.dataset.description, "data_fingerprint": job.dataset.fingerprint}
     facts = world.facts() | data
-    compared = config.compared() | {"world_size": world.world_size}
-    world.on_main(lambda: job.record.begin(state, config.to_json(), facts, compared))
+    hparams = config.hparams() | {"world_size": world.world_size}
+    world.on_main(lambda: job.record.begin(state, config.to_json(), facts, hparams))
     hosts = f" on {len(facts['hosts'])} hosts" if len(facts["hosts"]) > 1 else ""
     fact = job.console.fact
     fact("world", f"{world.description()}{hosts}, torch {torch.__version__}")

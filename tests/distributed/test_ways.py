@@ -26,8 +26,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def test_by_hand_and_by_autograd_end_in_the_same_bits(tmp_path: Path) -> None:
     """Also with momentum, weight decay and a schedule, and batches of powers of two."""
     flags = [*FLAGS, "--momentum=0.9", "--weight-decay=0.001", "--schedule=onecycle"]
-    by_hand = completed_run(tmp_path / "hand", 1, *flags)
-    by_autograd = completed_run(tmp_path / "autograd", 1, *flags, "--backward=autograd")
+    by_hand = completed_run(tmp_path / "hand", 1, *flags, "--step=manual")
+    by_autograd = completed_run(tmp_path / "autograd", 1, *flags)
     assert losses(by_hand) == losses(by_autograd)
     for name, weight in weights(by_autograd).items():
         assert torch.equal(weights(by_hand)[name], weight), name
@@ -43,6 +43,7 @@ def run_on_threads(threads: int, directory: str, flags: list[str]) -> Ended:
 def test_the_number_of_threads_changes_no_bit(tmp_path: Path) -> None:
     """Here two threads may have one core; on some batches the job may decide to take fewer."""
     flags = [*FLAGS, "--train-samples=4000", "--epochs=20", "--momentum=0.9"]
+    flags += ["--step=manual"]
     found = []
     for threads in (1, 2, 3):
         (ended,) = run_ranks(
@@ -59,9 +60,9 @@ def test_the_number_of_threads_changes_no_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--backward=autograd"], "autograd, gradients over shared memory"),
-        (["--backward=autograd", "--shared-memory=off"], "autograd, gradients over gloo"),
-        (["--shared-memory=off"], "by hand, gradients over gloo"),
+        ([], "autograd, gradients over shared memory"),
+        (["--shared-memory=off"], "autograd, gradients over gloo"),
+        (["--step=manual", "--shared-memory=off"], "by hand, gradients over gloo"),
     ],
 )
 def test_every_way_gives_the_same_losses_at_1_2_3_4_and_7_processes(
@@ -79,9 +80,9 @@ def test_every_way_gives_the_same_losses_at_1_2_3_4_and_7_processes(
 
 def test_a_run_begun_by_autograd_goes_on_by_hand_to_the_same_bits(tmp_path: Path) -> None:
     flags = [*FLAGS, "--momentum=0.9"]
-    whole = completed_run(tmp_path / "whole", 2, *flags)
-    run = completed_run(tmp_path / "parts", 2, *flags, "--epochs=1", "--backward=autograd")
-    ended = run_job(tmp_path, 2, f"--run-dir={run}", *flags)
+    whole = completed_run(tmp_path / "whole", 2, *flags, "--step=manual")
+    run = completed_run(tmp_path / "parts", 2, *flags, "--epochs=1")
+    ended = run_job(tmp_path, 2, f"--run-dir={run}", *flags, "--step=manual")
     assert "resume at step 10, 1 epoch done" in ended[0].out, ended
     assert losses(run)[-2:] == pytest.approx(losses(whole)[-2:], rel=1e-6)
 

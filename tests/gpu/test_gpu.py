@@ -30,9 +30,7 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 @pytest.mark.parametrize(
     ("flags", "way"),
     [
-        ([], "by hand in CUDA graphs"),
-        (["--cuda-graphs=off"], "autograd"),
-        (["--backward=autograd"], "autograd"),
+        ([], "autograd"),
     ],
 )
 def test_gpus_give_the_losses_of_the_cpu(

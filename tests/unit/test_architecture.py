@@ -9,7 +9,7 @@ from processes import ROOT
 # From the ground up: a room may import from the layers below its own, and inside a layer from the
 # rooms before it.
 LAYERS = [
-    ["errors", "atomic", "flags", "config"],
+    ["errors", "dimensions", "atomic", "flags", "config"],
     ["model", "optimizer", "distributed", "data"],
     ["augmentation", "sampling", "fast", "steps", "run", "evaluation"],
     ["job", "train_ddp", "commands", "__main__"],

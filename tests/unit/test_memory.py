@@ -8,14 +8,14 @@ from processes import command
 
 PROGRAM = """
 import resource, sys
-from mnist_dist.data import load, locate
+from mnist_dist.data import load, find_data
 from mnist_dist.evaluation import evaluate
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.model import MLP
 from mnist_dist.distributed.world import join
 
 with join(Launch("alone"), "cpu", "auto") as world:
-    model, split = MLP(), load(locate("bundled", None)).train
+    model, split = MLP(), load(find_data("bundled", None)).train
     for _ in range(4):
         evaluate(model, split, world)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -46,7 +46,7 @@ from mnist_dist.distributed.failures import brief, lost_contact
 from mnist_dist.distributed.rendezvous import meet
 from mnist_dist.distributed.world import World, exit_with_error, form_group, leave
 from mnist_dist.errors import MeetingError, ReportedError, UserError
-from mnist_dist.flags import parse_flags
+from mnist_dist.flags import flag, parse_flags
 
 # Parts of --timeout: for the ranks to meet, and for each of the later checks.
 _TO_MEET, _EACH = 0.6, 0.2
@@ -57,27 +57,25 @@ _LAST_WORDS_S = 2.0
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Examine the processes that are started like this, and what lies between them.
+    """Check whether the processes started with this command can train together.
 
-    Start it as you would start training: alone, with `torchrun ... -m mnist_dist doctor` or with
-    `srun ... python -m mnist_dist doctor`. Exit code 0 says that they can train together; 1 that
-    they cannot, and the last line of rank 0 says why and what to set.
+    Start it as you start training: on its own, with
+    `torchrun ... -m mnist_dist doctor` or with `srun ... python -m mnist_dist doctor`.
+    Exit code 0: they can train together. Exit code 1: they cannot; the last line
+    of rank 0 names the problem and the remedy.
     """
 
-    run_dir: str = "runs"
-    """Directory in which runs are to live. It is measured, and left as it is."""
-
-    timeout: float = 25.0
-    """Seconds for everything; three fifths of them for the processes to meet."""
-
-    json: bool = False
-    """Print one JSON object in place of the text."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """As for training."""
-
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """As for training."""
+    run_dir: str = flag(
+        "runs", metavar="DIR", help="directory for runs, whose disk is measured and left unchanged"
+    )
+    timeout: float = flag(
+        25.0,
+        metavar="SECONDS",
+        help="time limit of all checks; the processes have three fifths of it to connect",
+    )
+    json: bool = flag(False, help="print one JSON object instead of text")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", help="device, as for training")
+    backend: Literal["auto", "gloo", "nccl"] = flag("auto", help="backend, as for training")
 
 
 class _OverError(Exception):
