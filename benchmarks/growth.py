@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import start
 from benchmarks.jobs import epochs_after_the_first, train
-from mnist_dist.data import load, locate
+from mnist_dist.data import find_data, load
 
 _TIMES = 10
 _PROCESSES = [1, 2, 4, 8, 16]
@@ -24,7 +24,7 @@ _PROCESSES = [1, 2, 4, 8, 16]
 
 def write_larger(data: str, file: Path) -> None:
     """An .npz like Keras's, of which the last sixth of the training images is for validation."""
-    splits = load(locate(data, None))
+    splits = load(find_data(data, None))
     both = (splits.train, splits.validation)
     arrays = {
         "x_train": np.concatenate([split.images.numpy() for split in both]).reshape(-1, 28, 28),
@@ -48,7 +48,7 @@ def by_data(data: str, directory: Path) -> Iterator[str]:
     for name, path in (("full", data), (f"{_TIMES} times", str(larger))):
         os.environ["MNIST_DIST_CACHE"] = str(directory / f"cache-{name}")
         convert, read = (float(start.run_python(start.READ, path)) for _ in range(2))
-        seconds, samples = epoch(directory / name, 1, path), len(load(locate(path, None)).train)
+        seconds, samples = epoch(directory / name, 1, path), len(load(find_data(path, None)).train)
         figures = [f"{convert:.2f}", f"{read:.3f}", f"{seconds:.2f}"]
         figures += [f"{1e6 * seconds / samples:.1f}", f"{start.our_memory(path, 1):.0f}"]
         yield "| " + " | ".join([name, f"{samples:,}", *figures]) + " |"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from mnist_dist.data import Split, load, locate
+from mnist_dist.data import Split, find_data, load
 from mnist_dist.distributed.launcher import read_launch
 from mnist_dist.distributed.sync import Agreement, StopRequest
 from mnist_dist.distributed.world import World, join
@@ -53,7 +53,7 @@ def epoch_seconds(
 def measure(data: str, pairs: int | None) -> None:
     """Print this world size's row; runs in every rank."""
     with join(read_launch(), "cpu", "auto") as world:
-        split = load(world.once_per_host(lambda: locate(data, None))).train
+        split = load(world.once_per_host(lambda: find_data(data, None))).train
         bare = MLP()
         optimizer = FlatSGD(bare, 0.001, 0, 0)
         state = TrainState(bare, optimizer, None, {})

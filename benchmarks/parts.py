@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mnist_dist.data import load, locate
+from mnist_dist.data import find_data, load
 from mnist_dist.distributed.launcher import read_launch
 from mnist_dist.distributed.world import World, join
 from mnist_dist.evaluation import evaluate, train_epoch
@@ -74,7 +74,7 @@ class Parts:
         if world.world_size > 1:
             kinds[BACKEND] = self._epoch(world, autograd=False, share=False)
         kinds[DDP] = self._epoch(world, autograd=True, share=True)
-        validation, model = load(locate(self.data, None)).validation, MLP()
+        validation, model = load(find_data(self.data, None)).validation, MLP()
         kinds[EVALUATION] = lambda _: evaluate(model, validation, world)
         # Wrapped, it is any model.
         plain = torch.nn.Sequential(model)
@@ -108,7 +108,7 @@ class Parts:
             if world is None
             else build_step(model, optimizer, world, Choice(autograd, share))
         )
-        train = load(locate(self.data, None)).train
+        train = load(find_data(self.data, None)).train
 
         def epoch(number: int) -> None:
             for _ in train_epoch(step, None, train, self.sharding, number):
@@ -120,7 +120,7 @@ class Parts:
 def measure(data: str, batch: int, rounds: int) -> None:
     """Be one rank; rank 0 prints the seconds of every round, by kind."""
     with join(read_launch(), "cpu", "auto") as world:
-        samples = len(load(world.once_per_host(lambda: locate(data, None))).train)
+        samples = len(load(world.once_per_host(lambda: find_data(data, None))).train)
         sharding = Sharding(samples, batch, world.rank, world.world_size, seed=0)
         kinds = Parts(world, sharding, data).kinds()
         seconds: dict[str, list[float]] = {name: [] for name in kinds}

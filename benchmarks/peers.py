@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from mnist_dist.data import Split, load, locate
+from mnist_dist.data import Split, find_data, load
 from mnist_dist.model import MLP
 
 LR = 0.001
@@ -42,7 +42,7 @@ class Work:
 
     def datasets(self) -> tuple[TensorDataset, TensorDataset]:
         """Training and validation, as the original script has them: float32 pixels."""
-        data = load(locate(self.data, None))
+        data = load(find_data(self.data, None))
         return _tensors(data.train), _tensors(data.validation)
 
 

@@ -15,23 +15,22 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mnist_dist.steps import Choice, build_step
-
 from benchmarks.jobs import train
 from mnist_dist.config import TrainConfig, parse_config
-from mnist_dist.data import load, locate
+from mnist_dist.data import find_data, load
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.world import join
 from mnist_dist.evaluation import evaluate, train_epoch
 from mnist_dist.sampling import Sharding
+from mnist_dist.steps import Choice, build_step
 from train_ddp import build_state
 
 
 def training_until(target: float, config: TrainConfig) -> tuple[float, float]:
     """Epochs, and seconds of them, until the test accuracy is `target`; nan if it never is."""
     seconds = 0.0
-    with join(Launch("none"), config.device, config.backend) as world:
-        dataset = load(locate(config.data, config.cache_dir)).to(world.device)
+    with join(Launch("alone"), config.device, config.backend) as world:
+        dataset = load(find_data(config.data, config.cache_dir)).to(world.device)
         split = dataset.train
         sharding = Sharding(len(split), config.global_batch_size, 0, 1, config.seed)
         state = build_state(config, dataset, sharding, world.device)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from mnist_dist.data import Dataset, load, locate
+from mnist_dist.data import Dataset, find_data, load
 from mnist_dist.distributed.launcher import read_launch
 from mnist_dist.distributed.world import World, join
 from mnist_dist.evaluation import evaluate, train_epoch
@@ -93,7 +93,7 @@ class Training:
 def measure(data: str, epochs: int) -> None:
     """Print a row for each level."""
     with join(read_launch({}), "cpu", "auto") as world, tempfile.TemporaryDirectory() as directory:
-        dataset = load(locate(data, None))
+        dataset = load(find_data(data, None))
         trainings = []
         for level in _LEVELS:
             place = Path(directory) / level

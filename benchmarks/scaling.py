@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks.parts import step_alone
-from mnist_dist.data import load, locate
+from mnist_dist.data import find_data, load
 from mnist_dist.distributed.launcher import read_launch
 from mnist_dist.distributed.shared_memory import HostSum
 from mnist_dist.distributed.threads import cpus_allowed
@@ -51,7 +51,7 @@ def step_seconds(world: World, data: str, batch: int, rounds: int, alone: bool) 
     model = MLP()
     optimizer = FlatSGD(model, 0.001, 0, 0)
     step = step_alone(model, optimizer) if alone else build_step(model, optimizer, world, Choice())
-    train = load(locate(data, None)).train
+    train = load(find_data(data, None)).train
     sharding = Sharding(len(train), batch, world.rank, world.world_size, seed=0)
 
     def steps() -> Iterator[object]:

@@ -30,9 +30,9 @@ train_ddp.run(sys.argv[1:])
 """
 READ = """
 import sys, time, torch
-from mnist_dist.data import load, locate
+from mnist_dist.data import load, find_data
 begun = time.perf_counter()
-load(locate(sys.argv[1], None))
+load(find_data(sys.argv[1], None))
 print(time.perf_counter() - begun)
 """
 _PSS = """

@@ -1,20 +1,21 @@
-"""Distributed MNIST training that gives the same numbers at every world size.
+"""Distributed MNIST training with the same results at every world size.
 
-What one does with a trained model is here as functions; importing this package is quick, since
-they, and torch with them, are imported when they are first used.
+The functions for trained models are imported, with torch, when they are first used, so that
+importing this package is fast.
 """
 
 import importlib
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mnist_dist.commands.evaluate import evaluate as evaluate
     from mnist_dist.commands.export import export as export
+    from mnist_dist.commands.loading import load_model as load_model
     from mnist_dist.commands.predict import predict as predict
-    from mnist_dist.commands.preprocessing import prepare as prepare
+    from mnist_dist.commands.preprocessing import preprocess_image as preprocess_image
     from mnist_dist.commands.runs import list_runs as list_runs
-    from mnist_dist.commands.trained_model import load_model as load_model
     from mnist_dist.errors import UserError as UserError
 
 try:
@@ -27,15 +28,18 @@ _FUNCTIONS = {
     "evaluate": "commands.evaluate",
     "export": "commands.export",
     "list_runs": "commands.runs",
-    "load_model": "commands.trained_model",
+    "load_model": "commands.loading",
     "predict": "commands.predict",
-    "prepare": "commands.preprocessing",
+    "preprocess_image": "commands.preprocessing",
 }
 
 __all__ = ["__version__", *_FUNCTIONS]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "prepare":
+        warnings.warn("mnist_dist.prepare is now preprocess_image", DeprecationWarning, 2)
+        name = "preprocess_image"
     if name not in _FUNCTIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from mnist_dist import __version__
 from mnist_dist.errors import ReportedError
 
-# Each module has `run(flags)`, which returns the exit code or ends the process. They are imported
-# when they are asked for: importing torch takes seconds.
+# Each module has `run(flags)`, which returns the exit code or exits the process. Only the module of
+# the command is imported, since importing torch takes seconds.
 _COMMANDS = {
     "train": ("train_ddp", "train the classifier"),
-    "evaluate": ("mnist_dist.commands.evaluate", "exact figures of a trained model"),
-    "predict": ("mnist_dist.commands.predict", "which digit is in a PNG or JPEG"),
-    "export": ("mnist_dist.commands.export", "write a model for torch.export or ONNX"),
+    "evaluate": ("mnist_dist.commands.evaluate", "evaluate a trained model"),
+    "predict": ("mnist_dist.commands.predict", "classify images of digits"),
+    "export": ("mnist_dist.commands.export", "export a model with torch.export or to ONNX"),
     "doctor": ("mnist_dist.commands.doctor.command", "check this machine or cluster"),
-    "runs": ("mnist_dist.commands.runs", "a table of runs"),
+    "runs": ("mnist_dist.commands.runs", "list runs"),
 }
 
 
@@ -46,8 +46,8 @@ def _usage() -> str:
             "usage: mnist-dist COMMAND [ARGUMENTS]",
             "",
             *lines,
-            "  --version       say the version",
-            "  --help          say this; COMMAND --help says more",
+            "  --version       print the version",
+            "  --help          print this; COMMAND --help lists the flags of a command",
         ]
     )
 

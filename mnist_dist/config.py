@@ -1,6 +1,5 @@
 """TrainConfig: one frozen dataclass is the command line, the help and the saved config.json."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -9,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mnist_dist.dimensions import IMAGE_SIDE
 from mnist_dist.errors import UserError
-from mnist_dist.flags import parse_flags
+from mnist_dist.flags import check_value, flag, given_flags
 
-# Flags that say where a run lives, not what it computes: they stay out of config.json.
+# Where a run lives, not what it computes.
 _NOT_SAVED = frozenset({"config", "run_dir"})
 
+# Settings of version 0.1.0 with the values that its config.json may hold.
+_REMOVED = {"backward": ("auto", "autograd")}
+
 RECIPES: dict[str, dict[str, Any]] = {
-    # The original single-process script, number for number.
+    # The hyperparameters of the original single-process script.
     "baseline": {
         "epochs": 25,
         "global_batch_size": 64,
@@ -26,7 +29,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "schedule": "constant",
         "random_shift": 0,
     },
-    # Same model, found by `python -m benchmarks.recipe` (docs/performance.md has its table).
+    # The same model, measured by `python -m benchmarks.recipe` (table in docs/performance.md).
     "tuned": {
         "epochs": 15,
         "global_batch_size": 128,
@@ -41,132 +44,151 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train the MNIST digit classifier on as many processes as it is started with.
+    """Train the MNIST digit classifier on one or more processes.
 
-    Start it with `python train_ddp.py`, `torchrun --nproc_per_node=N train_ddp.py` or
-    `srun python train_ddp.py`; every flag means the same under all three.
+    Start it with `python train_ddp.py`, `torchrun --nproc_per_node=N train_ddp.py`
+    or `srun python train_ddp.py`. Every flag means the same under all three.
     """
 
-    data: str = "auto"
-    """Digits to train on. auto: the cache, else data/mnist/mnist.pkl.gz, else one download, else
-    the 5,000 digits in the package. bundled: those 5,000. Or the path of a mnist.pkl.gz, of a
-    mnist.npz, or of a directory of IDX files (MNIST, Fashion-MNIST, KMNIST)."""
-
-    cache_dir: str | None = None
-    """Directory for converted data. None: $MNIST_DIST_CACHE, else ~/.cache/mnist-dist."""
-
-    train_samples: int | None = None
-    """Train on the first N samples of the training split only. None: all of them."""
-
-    epochs: int = 25
-    """Passes over the training split."""
-
-    global_batch_size: int = 64
-    """Samples in one optimizer step, summed over all processes: the number of processes does not
-    change what is computed."""
-
-    lr: float = 0.001
-    """Learning rate of SGD (with --schedule onecycle: its peak)."""
-
-    momentum: float = 0.0
-    """Momentum of SGD, from 0 up to but not including 1."""
-
-    weight_decay: float = 0.0
-    """L2 penalty of SGD."""
-
-    schedule: Literal["constant", "onecycle"] = "constant"
-    """Learning rate over the run: constant, or one rise and fall (OneCycleLR)."""
-
-    random_shift: int = 0
-    """Largest shift of the training images, in pixels: each global batch is moved up or down and
-    left or right by a random amount up to this. 0: images as they are."""
-
-    seed: int = 0
-    """Seed of the initial weights and of every epoch's order."""
-
-    recipe: Literal["baseline", "tuned"] = "baseline"
-    """Values for epochs, batch, lr, momentum, weight decay, schedule and random shift. baseline:
-    the original script's. tuned: 98.5 percent right on full MNIST, or better. Flags given beside
-    it win over it."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute. auto: one GPU per process where there are GPUs, else the CPU."""
-
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """How processes talk. auto: nccl on GPUs, gloo on CPUs."""
-
-    shared_memory: Literal["auto", "off"] = "auto"
-    """How CPU processes of one host add up their gradients. auto: in memory they share, where they
-    can. off: by the backend, as between hosts."""
-
-    step: Literal["ddp", "manual"] = "ddp"
-    """Training step."""
-
-    cuda_graphs: Literal["auto", "off"] = "auto"
-    """Launch the kernels of a step's gradients on a GPU as one. auto: with --backward auto, if a
-    trial gives autograd's gradients; else says why not. off: one by one, by autograd."""
-
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Of matrix products. tf32 (on GPUs, also in the run's own validation and test) rounds their
-    factors to 10 bits, bf16 (in training, by autograd) to 7; weights, losses and sums stay float32.
-    The numbers are then less alike at different numbers of processes."""
-
-    compile: bool = False
-    """Let torch.compile turn the model into code of its own (with --backward autograd; needs a C++
-    compiler on CPUs). Falls back, and says why, where that fails."""
-
-    grad_compression: Literal["none", "bf16", "powersgd"] = "none"
-    """What processes send each other, for slow networks. bf16 (on GPUs) and powersgd lose digits:
-    the numbers then depend on the number of processes, and a resume is no longer exact."""
-
-    profile: bool = False
-    """Write a trace of the first epoch's steps 10 to 30 to the run directory, for TensorBoard's
-    profiler plugin or Perfetto."""
-
-    run_dir: str | None = None
-    """Directory of this run. An unfinished run there is continued, a finished one is kept. None:
-    runs/<timestamp>_<launch id>."""
-
-    tensorboard: Literal["minimal", "full"] = "full"
-    """What to write for TensorBoard. minimal: curves, settings and texts. full: also plots of the
-    confusion matrix, the most confident errors and the weights, in epochs 1, 2, 4, 8 ... and the
-    last."""
-
-    checkpoint_every_epochs: int = 1
-    """Epochs between checkpoints (the last epoch always has one)."""
-
-    checkpoint_every_steps: int | None = None
-    """Optimizer steps between checkpoints within an epoch. None: at ends of epochs only."""
-
-    checkpoint_every_minutes: float | None = None
-    """Minutes between checkpoints, whatever the step. None: at ends of epochs only."""
-
-    keep_checkpoints: int = 3
-    """How many of the newest checkpoints to keep, beside best.pt."""
-
-    setup_timeout: float = 600.0
-    """Seconds for the processes to meet, and for one to prepare data while the others wait."""
-
-    step_timeout: float = 120.0
-    """Seconds after which a process that waits for another in training gives it up."""
-
-    config: str | None = None
-    """JSON file with values for these flags, such as config.json of an earlier run. Flags given
-    beside it win over it."""
+    config: str | None = flag(
+        None,
+        metavar="FILE",
+        help="JSON file with defaults for the flags below, such as the config.json of an earlier "
+        "run; --recipe and explicit flags override it, and the value None unsets an optional flag",
+    )
+    data: str = flag(
+        "auto",
+        group="data",
+        metavar="SOURCE",
+        help="training data: a mnist.pkl.gz, a mnist.npz, a directory of IDX files (MNIST, "
+        "Fashion-MNIST, KMNIST), `bundled` (5,000 MNIST digits in the package), or `auto` (the "
+        "cache, data/mnist/mnist.pkl.gz, a download, or the bundled digits, in this order)",
+    )
+    cache_dir: str | None = flag(
+        None,
+        metavar="DIR",
+        unset="$MNIST_DIST_CACHE, or ~/.cache/mnist-dist",
+        help="directory for converted data",
+    )
+    train_samples: int | None = flag(
+        None, unset="all", help="number of training samples to use, from the first"
+    )
+    random_shift: int = flag(
+        0,
+        metavar="PIXELS",
+        help="maximum random shift of the training images, drawn once per global batch",
+    )
+    recipe: Literal["baseline", "tuned"] = flag(
+        "baseline",
+        group="optimization",
+        help="preset of epochs, global batch size, lr, momentum, weight decay, schedule and random "
+        "shift: the original script's (baseline), or one that reaches at least 98.5% test accuracy "
+        "on full MNIST (tuned); explicit flags override it",
+    )
+    epochs: int = flag(25, help="number of passes over the training split")
+    global_batch_size: int = flag(
+        64,
+        help="samples per optimizer step, summed over all processes; the number of processes does "
+        "not change the result",
+    )
+    lr: float = flag(
+        0.001, help="learning rate of SGD (the peak learning rate with --schedule onecycle)"
+    )
+    momentum: float = flag(0.0, help="momentum of SGD, at least 0 and below 1")
+    weight_decay: float = flag(0.0, help="weight decay (L2 penalty) of SGD")
+    schedule: Literal["constant", "onecycle"] = flag(
+        "constant", help="learning rate schedule: constant, or OneCycleLR over the whole run"
+    )
+    seed: int = flag(0, help="random seed of the initial weights and of the order of samples")
+    step: Literal["ddp", "manual"] = flag(
+        "ddp",
+        help="implementation of the training step: DistributedDataParallel (ddp), or the MLP's "
+        "hand-written backward pass on CPUs (manual, see mnist_dist/fast)",
+    )
+    precision: Literal["fp32", "tf32", "bf16"] = flag(
+        "fp32",
+        help="precision of matrix products: tf32 (GPUs only) also applies to evaluation, bf16 only "
+        "to training; weights and losses stay float32; reduced precision increases the differences "
+        "between numbers of processes",
+    )
+    compile: bool = flag(
+        False,
+        help="torch.compile the model (with --step ddp; needs a C++ compiler on CPUs); training "
+        "continues uncompiled, with a message, if compilation fails",
+    )
+    cuda_graphs: Literal["auto", "off"] = flag(
+        "off", help="reserved: not available in this version, GPUs run DDP without CUDA graphs"
+    )
+    device: Literal["auto", "cpu", "cuda"] = flag(
+        "auto", group="distributed", help="device to train on: one GPU per process, or CPUs"
+    )
+    backend: Literal["auto", "gloo", "nccl"] = flag(
+        "auto", help="torch.distributed backend: nccl on GPUs and gloo on CPUs by default"
+    )
+    shared_memory: Literal["auto", "off"] = flag(
+        "auto",
+        help="all-reduce between the CPU processes of one node: in shared memory where possible "
+        "(auto), or over gloo (off)",
+    )
+    grad_compression: Literal["none", "bf16", "powersgd"] = flag(
+        "none",
+        help="gradient compression for slow networks: bf16 (GPUs only) or powersgd; both are "
+        "lossy, so that results depend on the number of processes and a resume is not exact",
+    )
+    setup_timeout: float = flag(
+        600.0,
+        metavar="SECONDS",
+        help="abort if the processes cannot connect, or the data is not ready, within this time",
+    )
+    step_timeout: float = flag(
+        120.0,
+        metavar="SECONDS",
+        help="abort if another process does not respond for this many seconds during training",
+    )
+    checkpoint_every_epochs: int = flag(
+        1, group="checkpoints", help="epochs between checkpoints; the last epoch always has one"
+    )
+    checkpoint_every_steps: int | None = flag(
+        None, help="optimizer steps between additional checkpoints within epochs"
+    )
+    checkpoint_every_minutes: float | None = flag(
+        None, metavar="MINUTES", help="minutes between additional checkpoints within epochs"
+    )
+    keep_checkpoints: int = flag(
+        3, help="number of most recent checkpoints to keep, in addition to best.pt"
+    )
+    run_dir: str | None = flag(
+        None,
+        group="output",
+        metavar="DIR",
+        unset="runs/<timestamp>_<launch id>",
+        help="run directory; an unfinished run in it is continued, a finished one is never "
+        "overwritten",
+    )
+    tensorboard: Literal["minimal", "full"] = flag(
+        "full",
+        help="TensorBoard output: curves, settings and text (minimal), plus plots of the confusion "
+        "matrix, the most confident errors and the first-layer weights in epochs 1, 2, 4, 8, ... "
+        "and the last (full)",
+    )
+    profile: bool = flag(
+        False,
+        help="write a profiler trace of steps 10 to 30 of the first epoch to the run directory",
+    )
 
     def to_json(self) -> dict[str, Any]:
-        """What config.json holds: every setting that says what is computed, in plain types."""
+        """Return the content of config.json: every setting of the computation, in plain types."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in _NOT_SAVED}
 
     def to_flags(self) -> dict[str, Any]:
-        """What every process must have been given alike, by the flag's name."""
-        alike = {name: value for name, value in self.to_json().items() if name != "cache_dir"}
-        return {f"--{name.replace('_', '-')}": value for name, value in alike.items()}
+        """Return the values that must be equal on all ranks, by flag."""
+        equal = {name: value for name, value in self.to_json().items() if name != "cache_dir"}
+        return {f"--{name.replace('_', '-')}": value for name, value in equal.items()}
 
     def hyperparameters(self) -> dict[str, Any]:
-        """The settings that decide every number of a run: a resume must have the same.
+        """Return the settings that determine a run's numbers, which a resume must not change.
 
-        More epochs only extend a constant schedule, but stretch one that depends on the length.
+        More epochs only extend a constant schedule, but change one that depends on the length.
         """
         names = ["global_batch_size", "lr", "momentum", "weight_decay", "schedule", "random_shift"]
         names += ["seed", "train_samples", "grad_compression", "precision"]
@@ -174,70 +196,66 @@ class TrainConfig:
         return {name: getattr(self, name) for name in names}
 
     def hparams(self) -> dict[str, Any]:
-        """The settings by which a table of runs tells one from another."""
-        return self.hyperparameters() | {
-            name: getattr(self, name) for name in ("epochs", "recipe", "data")
-        }
+        """Return the settings that TensorBoard's table of runs compares."""
+        names = ("epochs", "recipe", "data")
+        return self.hyperparameters() | {name: getattr(self, name) for name in names}
 
 
 def parse_config(argv: Sequence[str]) -> TrainConfig:
-    """Read the command line. Precedence: flag, --recipe, --config file, default.
+    """Read the command line. Precedence: explicit flag, --recipe, --config file, default.
 
     Raises:
-        UserError: one line that names the flag, the value and the remedy.
+        UserError: one line that names the flag or file, the value and the remedy.
         SystemExit: with code 0 after --help.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config")
-    first.add_argument("--recipe")
-    try:
-        known, _ = first.parse_known_args(list(argv))
-    except argparse.ArgumentError:  # a flag without its value: the full parser says it better
-        known = argparse.Namespace(config=None, recipe=None)
-    earlier = _flags_of_file(Path(known.config)) if known.config else []
-    if known.recipe in RECIPES:
-        earlier += _as_flags(RECIPES[known.recipe])
-    config = parse_flags(TrainConfig, [*earlier, *argv], "train_ddp.py")
+    if any(word.partition("=")[0] == "--backward" for word in argv):
+        raise UserError("--backward: replaced by --step; give --step ddp or --step manual")
+    given = given_flags(TrainConfig, argv, "train_ddp.py")
+    defaults = _read_config_file(given["config"]) if given.get("config") else {}
+    if "recipe" in given:
+        defaults |= RECIPES[given["recipe"]]
+    config = TrainConfig(**(defaults | given))
     _validate(config)
     return config
 
 
-def _as_flags(values: dict[str, Any]) -> list[str]:
-    flags = []
-    for name, value in values.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            flags.append(f"--{flag}={value}")
-    return flags
+def _read_config_file(path: str) -> dict[str, Any]:
+    """Read settings from a JSON file and check them as if they were flags.
 
-
-def _flags_of_file(path: Path) -> list[str]:
+    Raises:
+        UserError: names the file, the setting, its value and the remedy.
+    """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(Path(path).read_text())
     except OSError as error:
         raise UserError(
             f"--config {path}: {error.strerror}; give the config.json of a run"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"--config {path}: not JSON ({error}); give the config.json of a run"
         ) from error
-    allowed = {field.name for field in dataclasses.fields(TrainConfig)} - _NOT_SAVED
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: not a JSON object; give the config.json of a run")
-    if unknown := sorted(set(values) - allowed):
-        raise UserError(f"--config {path}: unknown setting {unknown[0]!r}; remove it from the file")
-    for field in dataclasses.fields(TrainConfig):
-        if values.get(field.name, 0) is None and field.default is not None:
-            raise UserError(f"--config {path}: {field.name} is null; give it a value or remove it")
     try:
-        flags = _as_flags(values)
-        _validate(parse_flags(TrainConfig, flags, "train_ddp.py"))
+        settings = {
+            name: _check_setting(name, value)
+            for name, value in values.items()
+            if value not in _REMOVED.get(name, ())
+        }
+        _validate(TrainConfig(**settings))
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from error
-    return flags
+    return RECIPES.get(settings.get("recipe", ""), {}) | settings
+
+
+def _check_setting(name: str, value: Any) -> Any:
+    if name not in TrainConfig.__dataclass_fields__.keys() - _NOT_SAVED:
+        raise UserError(f"unknown setting {name!r}; remove it from the file")
+    try:
+        return check_value(TrainConfig, name, value)
+    except ValueError as error:
+        raise UserError(f"{_flag(name)} {json.dumps(value)}: {error}") from None
 
 
 def _validate(config: TrainConfig) -> None:
@@ -247,7 +265,7 @@ def _validate(config: TrainConfig) -> None:
     _require(config, "lr", 0 < config.lr < math.inf, "give a number above 0, such as 0.001")
     _require(config, "momentum", 0 <= config.momentum < 1, "give a number from 0 up to below 1")
     _require(config, "weight_decay", 0 <= config.weight_decay < math.inf, "give 0 or more")
-    _require(config, "random_shift", 0 <= config.random_shift < 28, "give 0 to 27 pixels")
+    _require(config, "random_shift", 0 <= config.random_shift < IMAGE_SIDE, "give 0 to 27 pixels")
     _require(config, "seed", 0 <= config.seed < 2**63, "give a whole number from 0 to 2^63 - 1")
     for name in ("train_samples", "checkpoint_every_steps"):
         value = getattr(config, name)
@@ -264,5 +282,8 @@ def _validate(config: TrainConfig) -> None:
 
 def _require(config: TrainConfig, name: str, ok: bool, remedy: str) -> None:
     if not ok:
-        flag = "--" + name.replace("_", "-")
-        raise UserError(f"{flag} {getattr(config, name)}: {remedy}")
+        raise UserError(f"{_flag(name)} {getattr(config, name)}: {remedy}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnist_dist.data import Split
+from mnist_dist.dimensions import NUM_CLASSES
 from mnist_dist.distributed.world import World
 from mnist_dist.model import pixels
 
 _BATCH_SIZE = 500
-_CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,12 @@ def evaluate(model: nn.Module, split: Split, world: World, errors: int = 0) -> E
     logits = _logits(model, images)
     loss_sum = F.cross_entropy(logits, labels, reduction="none").double().sum()
     predicted = logits.argmax(1)
-    confusion = torch.bincount(labels * _CLASSES + predicted, minlength=_CLASSES**2)
+    confusion = torch.bincount(labels * NUM_CLASSES + predicted, minlength=NUM_CLASSES**2)
     sums = world.all_reduce_sum(torch.cat([loss_sum.reshape(1), confusion.double()])).cpu()
     count = int(sums[1:].sum())
     if count != len(split):
         raise RuntimeError(f"evaluated {count} samples of a split of {len(split)}")
-    table = sums[1:].long().view(_CLASSES, _CLASSES).tolist()
+    table = sums[1:].long().view(NUM_CLASSES, NUM_CLASSES).tolist()
     found = _most_confident_errors(logits, predicted, labels, world, errors) if errors else ()
     return Evaluation(sums[0].item() / count, tuple(map(tuple, table)), found)
 

@@ -1,70 +1,216 @@
-"""A frozen dataclass as a command line, whose mistakes are one line each."""
+"""A frozen dataclass as a command line: its fields are flags and positional arguments."""
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
-import io
+import functools
+import inspect
 import os
-import re
+import shutil
 import sys
-from collections.abc import Sequence
-from typing import Any, TypeVar
-
-import tyro
+from collections.abc import Callable, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from mnist_dist.errors import UserError
 
 T = TypeVar("T")
 
+_WIDTH = 80
+_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
 
-def parse_flags(kind: type[T], argv: Sequence[str], program: str) -> T:
-    """Read `argv` as the fields of the dataclass `kind`; its docstrings are the help.
+
+def flag(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    metavar: str | None = None,
+    unset: str | None = None,
+    group: str | None = None,
+) -> Any:
+    """Declare a dataclass field that a flag sets: `run_dir` is `--run-dir` or `--run_dir`.
 
     Args:
-        kind: field `run_dir` is the flag `--run-dir`.
+        default: the value without the flag; a flag without one is required.
+        help: its text in --help, to which the default is added.
+        metavar: stands for the value in --help. None: chosen by the field's type.
+        unset: what a default of None means, to be shown in its place.
+        group: starts a group in --help, which the fields below join.
+    """
+    metadata = {"help": help, "metavar": metavar, "unset": unset, "group": group}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def argument(default: Any = dataclasses.MISSING, *, help: str, metavar: str) -> Any:
+    """Declare a dataclass field that a positional argument sets; a tuple takes one or more."""
+    metadata = {"help": help, "metavar": metavar, "positional": True}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse_flags(kind: type[T], argv: Sequence[str], program: str) -> T:
+    """Read a command line as an instance of the dataclass `kind`.
+
+    Args:
+        kind: fields declared by `flag` and `argument`; the docstring is the description in --help.
         argv: without the program's name.
-        program: what --help calls it.
+        program: the program's name in --help.
 
     Raises:
         UserError: one line that names the flag, the value and the remedy.
         SystemExit: with code 0 after --help.
     """
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=argv, prog=program)
-    except BrokenPipeError:  # the reader of --help has gone, as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
-    except SystemExit as end:
-        if end.code == 0:
-            raise
-        raise UserError(_one_line(said.getvalue(), kind)) from None
+    given = given_flags(kind, argv, program)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.default is dataclasses.MISSING and field.name not in given:
+            raise UserError(f"{_name(field)} is missing; --help lists every flag")
+    return kind(**given)
 
 
-_PLAINER = (
-    (r"Error parsing (\S+): invalid literal for int.*?: (.*)", r"\1 \2: expected a whole number"),
-    (r"Error parsing (\S+): could not convert string.*?: (.*)", r"\1 \2: expected a number"),
-    (r"Error parsing (\S+): ", r"\1: "),
-    (r"Missing from [^:]+: (\S+).*", r"\1 is missing"),
-)
-
-
-def _one_line(box: str, kind: type[Any]) -> str:
-    """Tyro's framed error as one line: its message, the flag that is most alike, where help is."""
-    rows = [line.strip("│╭╮╰╯ ").strip() for line in box.splitlines()[1:-1]]
-    message = " ".join(rows).partition("─")[0].strip() or "the command line could not be read"
-    for pattern, plain in _PLAINER:
-        message = re.sub(pattern, plain, message)
-    before, unknown, words = message.partition("Unrecognized options: ")
+def given_flags(kind: type[Any], argv: Sequence[str], program: str) -> dict[str, Any]:
+    """Read a command line as `parse_flags`, but return only the fields that it sets, by name."""
+    parser = _build_parser(kind, program)
+    namespace, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
-        message = f"{before}unknown: {words.replace(', ', ' ')}{_most_alike(words, kind)}"
-    return f"{message.rstrip('.')}; --help lists every flag"
+        suggestion = _closest([_name(field) for field in dataclasses.fields(kind)], unknown)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{suggestion}")
+    values = vars(namespace).items()
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values}
 
 
-def _most_alike(words: str, kind: type[Any]) -> str:
-    """The flags of `kind` that were probably meant."""
-    known = [field.name.replace("_", "-") for field in dataclasses.fields(kind)]
-    given = re.findall(r"--([\w-]+)", words.replace("_", "-"))
-    meant = [f"--{name}" for flag in given for name in difflib.get_close_matches(flag, known, 1)]
+def check_value(kind: type[Any], name: str, value: Any) -> Any:
+    """Return a value that was read from JSON as the field `name` of `kind` holds it.
+
+    Raises:
+        ValueError: the value has another type or is none of the choices; the text is the remedy.
+    """
+    base, optional = _split_optional(get_type_hints(kind)[name])
+    if value is None and optional:
+        return None
+    if get_origin(base) is Literal:
+        if value not in get_args(base):
+            raise ValueError(f"give one of {', '.join(get_args(base))}")
+        return value
+    if base is float and type(value) is int:
+        with contextlib.suppress(OverflowError):
+            value = float(value)
+    if type(value) is not base:
+        raise ValueError(f"give {_NAMES[base]}")
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are `UserError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{' '.join(message.splitlines())}; --help lists every flag")
+
+    def print_help(self, file: Any = None) -> None:
+        try:
+            print(self.format_help(), end="", file=file, flush=True)
+        except BrokenPipeError:  # the reader has gone, as after `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _build_parser(kind: type[Any], program: str) -> _Parser:
+    fields, types = dataclasses.fields(kind), get_type_hints(kind)
+    parser = _Parser(
+        prog=program,
+        usage=" ".join(["%(prog)s [FLAGS]", *filter(None, map(_usage, fields))]),
+        description=inspect.getdoc(kind),
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter,
+            max_help_position=24,
+            width=min(_WIDTH, shutil.get_terminal_size().columns),
+        ),
+        allow_abbrev=False,
+    )
+    group: argparse._ActionsContainer = parser
+    for field in fields:
+        if title := field.metadata.get("group"):
+            group = parser.add_argument_group(title)
+        _add(group, field, types[field.name])
+    return parser
+
+
+def _add(group: argparse._ActionsContainer, field: dataclasses.Field[Any], kind: Any) -> None:
+    """Add one field. Its default is left to the dataclass, so that only given flags are set."""
+    base, optional = _split_optional(kind)
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "metavar": field.metadata["metavar"]}
+    if get_origin(base) is Literal:
+        options["choices"] = get_args(base)
+    elif base is bool:
+        options["action"] = argparse.BooleanOptionalAction
+        del options["metavar"]
+    elif get_origin(base) is tuple:
+        options["nargs"] = "*"
+    else:
+        options["type"] = _reader(base, optional)
+        options["metavar"] = options["metavar"] or _METAVARS[base]
+    text = f"{field.metadata['help']} {_default(field)}".replace("%", "%%")
+    if field.metadata.get("positional"):
+        group.add_argument(field.name, help=text, **{"nargs": "?"} | options)
+        return
+    group.add_argument(_name(field), dest=field.name, help=text, **options)
+    if "_" in field.name:
+        alias = f"--{field.name}"
+        group.add_argument(alias, dest=field.name, help=argparse.SUPPRESS, **options)
+
+
+def _split_optional(kind: Any) -> tuple[Any, bool]:
+    """`X | None` to X and True, any other type to itself and False."""
+    if get_origin(kind) is not UnionType:
+        return kind, False
+    (base,) = (member for member in get_args(kind) if member is not NoneType)
+    return base, True
+
+
+def _reader(base: type[Any], optional: bool) -> Callable[[str], Any]:
+    """A function from a word of the command line to a value."""
+
+    def read(text: str) -> Any:
+        if optional and text == "None":  # unsets what a config file has set
+            return None
+        try:
+            return base(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {_NAMES[base]}") from None
+
+    return read
+
+
+def _name(field: dataclasses.Field[Any]) -> str:
+    """What a person knows the field as: the flag, or the positional argument's metavar."""
+    if field.metadata.get("positional"):
+        return str(field.metadata["metavar"])
+    return "--" + field.name.replace("_", "-")
+
+
+def _usage(field: dataclasses.Field[Any]) -> str:
+    """The field in the line `usage`."""
+    name, required = _name(field), field.default is dataclasses.MISSING
+    if not field.metadata.get("positional"):
+        return f"{name} {field.name.upper()}" if required else ""
+    name = f"{name} [{name} ...]" if get_origin(field.type) is tuple else name
+    return name if required else f"[{name}]"
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    """The default as --help shows it."""
+    match field.default:
+        case dataclasses.MISSING:
+            return "(required)"
+        case None:
+            return f"(default: {field.metadata['unset'] or 'none'})"
+        case bool(value):
+            return f"(default: {'on' if value else 'off'})"
+        case value:
+            return f"(default: {value})"
+
+
+def _closest(known: Sequence[str], unknown: Sequence[str]) -> str:
+    """The flags that were probably meant by unknown ones, as the end of a message."""
+    typed = [word.partition("=")[0].replace("_", "-") for word in unknown if word[:2] == "--"]
+    meant = [name for word in typed for name in difflib.get_close_matches(word, known, 1)]
     return f"; perhaps you meant {', '.join(meant)}" if meant else ""

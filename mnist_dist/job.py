@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mnist_dist.config import TrainConfig
-from mnist_dist.data import Dataset, load, locate
+from mnist_dist.data import Dataset, find_data, load
 from mnist_dist.distributed.ddp import (
     Bfloat16,
     check_compression,
@@ -335,10 +335,10 @@ def _unsupported_flags(config: TrainConfig) -> list[str]:
 
 def _load_data(config: TrainConfig, world: World, console: Console) -> Dataset:
     """Load the three splits onto this rank's device; files are converted once per host."""
-    located = world.once_per_host(lambda: locate(config.data, config.cache_dir))
-    for warning in located.warnings:
+    location = world.once_per_host(lambda: find_data(config.data, config.cache_dir))
+    for warning in location.warnings:
         console.warn(warning)
-    dataset = world.run_on_all(lambda: load(located))
+    dataset = world.run_on_all(lambda: load(location))
     if (samples := config.train_samples) is not None:
         dataset = world.run_on_all(lambda: dataset.first_training_samples(samples))
     world.check_equal(

@@ -1,4 +1,4 @@
-"""The model: the original script's perceptron, or what you put in its place."""
+"""The model: the original script's MLP, or your replacement."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,18 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mnist_dist.dimensions import IMAGE_PIXELS, NUM_CLASSES
+
 
 class MLP(nn.Module):
-    """784-128-256-10 with ReLU; the attribute names are those of the original's checkpoints."""
+    """784-128-256-10 with ReLU and the attribute names of the original script."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.hidden1 = nn.Linear(784, 128)
+        self.hidden1 = nn.Linear(IMAGE_PIXELS, 128)
         self.hidden2 = nn.Linear(128, 256)
-        self.out = nn.Linear(256, 10)
+        self.out = nn.Linear(256, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 784) float32 pixels in [0, 1) to (N, 10) float32 logits."""
+        """Map (N, 784) float32 pixels in [0, 1) to (N, 10) float32 logits."""
         hidden = F.relu(self.hidden1(images))
         hidden = F.relu(self.hidden2(hidden))
         logits: Tensor = self.out(hidden)
@@ -30,26 +32,26 @@ class MLP(nn.Module):
 
 
 def build_model() -> nn.Module:
-    """The model of this project, on the CPU, with weights drawn from torch's random numbers.
+    """Build the model on the CPU with random weights, from torch's global generator.
 
-    All that trains, evaluates, predicts, exports or examines takes it from here. It must take
-    (N, 784) float32 pixels in [0, 1), for N of 0, too, and give (N, 10) float32 logits.
+    Training and all commands use it. It must map (N, 784) float32 pixels in [0, 1), also for N = 0,
+    to (N, 10) float32 logits.
     """
     return MLP()
 
 
 def describe(model: nn.Module) -> str:
-    """What it is and how large, for a person."""
+    """Describe the model and its size in one line."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return f"{model.extra_repr() or type(model).__name__}, {parameters:,} parameters"
 
 
-def difference(weights: Any, model: nn.Module) -> str | None:
-    """The first way in which `weights` are not those of `model`, for a person; None if they are.
+def state_dict_mismatch(weights: Any, model: nn.Module) -> str | None:
+    """Describe the first mismatch between `weights` and the parameters of `model`; None if none.
 
     Args:
-        weights: as from `nn.Module.state_dict`, or whatever else a file held in its place.
-        model: whose weights' names and shapes are meant; the values do not matter.
+        weights: a state dict, or any other object that a file contained.
+        model: compared by name, shape and kind of dtype; the values do not matter.
     """
     own = model.state_dict()
     if not isinstance(weights, Mapping):
@@ -69,11 +71,11 @@ def difference(weights: Any, model: nn.Module) -> str | None:
 
 
 def pixels(images: Tensor, out: Tensor | None = None) -> Tensor:
-    """(N, 784) uint8 to float32 byte/256: bitwise the values of the original mnist.pkl.gz.
+    """Convert uint8 to float32 byte/256, bitwise the values of the original mnist.pkl.gz.
 
     Args:
-        images: as `Split` has them.
-        out: (N, 784) float32, to be filled and returned; None for new memory.
+        images: (N, 784) uint8.
+        out: (N, 784) float32, to be filled and returned. None: a new tensor.
     """
     values = images.to(torch.float32) if out is None else out.copy_(images)
     return values.mul_(1 / 256)

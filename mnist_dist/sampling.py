@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from mnist_dist.data import Split
+from mnist_dist.dimensions import IMAGE_SIDE
 from mnist_dist.model import pixels
 
 # Rows gathered at once: 64 cost little less than 256, and more would have left the core's cache
 # when they are used.
 _ROWS_PER_GATHER = 256
-_SIDE = 28
 
 
 @dataclass(frozen=True)
@@ -144,5 +144,5 @@ def shift_images(images: Tensor, down: int, right: int) -> Tensor:
     """Shift (N, 784) images by less than 28 pixels each way; the pixels that enter are 0."""
     if down == right == 0:
         return images
-    rows = images.unflatten(1, (_SIDE, _SIDE))
+    rows = images.unflatten(1, (IMAGE_SIDE, IMAGE_SIDE))
     return F.pad(rows, (right, -right, down, -down)).flatten(1)

@@ -1,26 +1,25 @@
-"""`mnist-dist evaluate`: exact figures of a trained model, in any number of processes."""
+"""`mnist-dist evaluate`: exact metrics of a trained model, on any number of processes."""
 
 import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
-# Before torch, whose import takes seconds: it notes the parent that we are to end with.
+# Before torch, which takes seconds to import: it records the parent to exit with.
 from mnist_dist.distributed.launcher import Launch  # isort: skip
 
 import torch
-from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from mnist_dist import evaluation as engine
-from mnist_dist.commands.trained_model import TrainedModel, load_trained
-from mnist_dist.data import Dataset, load, locate
+from mnist_dist.commands.loading import TrainedModel, load_trained
+from mnist_dist.data import Dataset, find_data, load
 from mnist_dist.distributed import process
 from mnist_dist.distributed.world import World, init_distributed
 from mnist_dist.errors import UserError
 from mnist_dist.evaluation import Evaluation
-from mnist_dist.flags import parse_flags
+from mnist_dist.flags import argument, flag, parse_flags
 from mnist_dist.run.console import Console
 from mnist_dist.run.environment import code_digest
 
@@ -29,36 +28,38 @@ SplitName = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Evaluate a trained model on every digit of a split, exactly once each.
+    """Evaluate a trained model on a split, every sample exactly once.
 
-    Alone, or with the same numbers on more processes: `torchrun --nproc_per_node=2 -m mnist_dist
-    evaluate ...`, `srun python -m mnist_dist evaluate ...`.
+    More processes give the same numbers:
+    `torchrun --nproc_per_node=2 -m mnist_dist evaluate ...` or
+    `srun python -m mnist_dist evaluate ...`.
     """
 
-    model: Annotated[str, Positional, arg(metavar="RUN_OR_CHECKPOINT")]
-    """A run's directory (its best.pt is meant), or a checkpoint."""
-
-    data: str | None = None
-    """Digits to evaluate on: auto, bundled or a path, as for training. None: those of the run, and
-    no others."""
-
-    split: SplitName = "test"
-    """Which digits of the data."""
-
-    json: FlagCreatePairsOff[bool] = False
-    """Print one JSON object."""
-
-    cache_dir: str | None = None
-    """Directory for converted data. None: the run's, else $MNIST_DIST_CACHE, else
-    ~/.cache/mnist-dist."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute. auto: one GPU per process where there are GPUs, else the CPU."""
+    model: str = argument(
+        metavar="RUN_OR_CHECKPOINT", help="run directory (its best.pt is used) or checkpoint"
+    )
+    data: str | None = flag(
+        None,
+        metavar="SOURCE",
+        unset="the data of the run, and no other",
+        help="data to evaluate on: `auto`, `bundled` or a path, as for training",
+    )
+    split: SplitName = flag("test", help="split of the data to evaluate on")
+    json: bool = flag(False, help="print one JSON object")
+    cache_dir: str | None = flag(
+        None,
+        metavar="DIR",
+        unset="that of the run, $MNIST_DIST_CACHE, or ~/.cache/mnist-dist",
+        help="directory for converted data",
+    )
+    device: Literal["auto", "cpu", "cuda"] = flag(
+        "auto", help="device to evaluate on: one GPU per process, or CPUs"
+    )
 
 
 @dataclass(frozen=True)
 class _Report:
-    """Figures, and what they are of."""
+    """Metrics, and what was evaluated."""
 
     trained: TrainedModel
     dataset: Dataset
@@ -75,14 +76,14 @@ def evaluate(
     """Evaluate a trained model on a whole split, in this process, on the CPU.
 
     Args:
-        model: a run's directory (its best.pt is meant) or a checkpoint.
+        model: a run directory (its best.pt is used) or a checkpoint.
         data: "auto", "bundled" or a path, as for training. None: the data of the run, and no other.
         split: "train", "validation" or "test".
-        cache_dir: for converted data; None for the run's, else the user's.
+        cache_dir: directory for converted data. None: that of the run, or the user's.
 
     Raises:
-        UserError: model or data cannot be used, or without `data` other data than the run's were
-            found.
+        UserError: the model or the data cannot be used, or `data` is None and the data that was
+            found is not that of the run.
     """
     config = EvaluateConfig(
         str(model), None if data is None else str(data), split, False, _text(cache_dir)
@@ -92,12 +93,12 @@ def evaluate(
 
 
 def main(flags: Sequence[str]) -> int:
-    """The command, as this process's part of a job; returns the process's exit code."""
+    """Run the command as one rank of a job; returns the exit code."""
     return process.run_rank(lambda launch: _command(flags, launch))
 
 
 def run(flags: Sequence[str]) -> NoReturn:
-    """`main` as a process of its own."""
+    """Run `main` and exit the process."""
     process.run_process(lambda: main(flags))
 
 
@@ -110,31 +111,31 @@ def _command(flags: Sequence[str], launch: Launch) -> None:
             console.print(json.dumps(_as_json(report, world)))
             return
         result = report.evaluation
-        right, of = _correct_by_digit(result), _count_by_digit(result)
+        correct, count = _correct_by_digit(result), _count_by_digit(result)
         console.print(f"model  {report.trained.description}")
         console.print(f"data   {report.dataset.description}")
         console.print(f"world  {world.description()}")
         console.print(
             f"{config.split:6} loss {result.loss:.4f}, accuracy {result.accuracy:.2%}: "
-            f"{sum(right):,} of {result.count:,} digits right"
+            f"{sum(correct):,} of {result.count:,} digits right"
         )
-        console.print("       " + "  ".join(f"{n}: {right[n]}/{of[n]}" for n in range(len(of))))
+        console.print("       " + "  ".join(f"{d}: {correct[d]}/{n}" for d, n in enumerate(count)))
 
 
 def _evaluate(config: EvaluateConfig, world: World, warn: Callable[[str], None]) -> _Report:
-    """Every rank's part. Rank 0 alone needs the checkpoint, each host needs the data."""
+    """Evaluate on every rank. Only rank 0 needs the checkpoint, every node needs the data."""
     trained = world.on_main(lambda: load_trained(config.model))
     data = trained.data if config.data is None else config.data
     cache_dir = trained.cache_dir if config.cache_dir is None else config.cache_dir
-    located = world.once_per_host(lambda: locate(data, cache_dir))
-    for warning in located.warnings:
+    location = world.once_per_host(lambda: find_data(data, cache_dir))
+    for warning in location.warnings:
         warn(warning)
-    dataset = world.run_on_all(lambda: load(located))
+    dataset = world.run_on_all(lambda: load(location))
     if trained.data_fingerprint is not None:
-        whole, dataset = dataset, _as_trained(dataset, trained)
+        full, dataset = dataset, _as_trained(dataset, trained)
         if dataset.fingerprint != trained.data_fingerprint:
-            dataset = whole
-            _other_data(config, trained, dataset, warn)
+            dataset = full
+            _handle_other_data(config, trained, dataset, warn)
     flags = {f"--{name.replace('_', '-')}": value for name, value in asdict(config).items()}
     world.check_equal(
         flags | {"the code": code_digest(), "the data": dataset.fingerprint},
@@ -146,22 +147,22 @@ def _evaluate(config: EvaluateConfig, world: World, warn: Callable[[str], None])
 
 
 def _as_trained(dataset: Dataset, trained: TrainedModel) -> Dataset:
-    """With as many training samples as the run used, where there are so many."""
+    """Return the data with as many training samples as the run used, if it has that many."""
     samples = trained.train_samples
     usable = samples is not None and 1 <= samples <= len(dataset.train)
     return dataset.first_training_samples(samples) if samples and usable else dataset
 
 
-def _other_data(
+def _handle_other_data(
     config: EvaluateConfig, trained: TrainedModel, dataset: Dataset, warn: Callable[[str], None]
 ) -> None:
-    """Data that the user named may be others than the run's; ours to find are only those."""
+    """Warn if the user named data that is not the run's. Raises UserError if none was named."""
     if config.data is not None:
         warn(f"--data {config.data}: not the data that {trained.checkpoint} was trained on")
         return
     raise UserError(
         f"{trained.checkpoint} was trained on other data than what was found "
-        f"({dataset.description}); give --data with the path of its data, or of others on purpose"
+        f"({dataset.description}); give --data with the path of the data to evaluate on"
     )
 
 

@@ -1,4 +1,4 @@
-"""`mnist-dist export`: a trained model for programs without this one, checked after writing."""
+"""`mnist-dist export`: a trained model for use without this package, verified after writing."""
 
 import contextlib
 import importlib.util
@@ -8,23 +8,22 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tyro.conf import Positional, arg
 
 from mnist_dist.atomic import write_atomically
-from mnist_dist.commands.trained_model import load_trained
-from mnist_dist.data import load, locate
+from mnist_dist.commands.loading import load_trained
+from mnist_dist.data import find_data, load
+from mnist_dist.dimensions import IMAGE_PIXELS
 from mnist_dist.errors import JobError, UserError
-from mnist_dist.flags import parse_flags
+from mnist_dist.flags import argument, flag, parse_flags
 from mnist_dist.model import pixels
 
 Format = Literal["torch", "onnx"]
 
-# How far a logit of the exported model may be from the original's, as a share of the largest: the
-# order of a sum's additions rounds large logits in proportion.
+# Tolerance of `Exported.difference`: another order of additions changes large logits more.
 _TOLERANCE = 1e-5
 
 _SUFFIX: dict[Format, str] = {"torch": ".pt2", "onnx": ".onnx"}
@@ -32,53 +31,57 @@ _PACKAGES: dict[Format, tuple[str, ...]] = {
     "torch": (),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
 }
-# Sizes of the batches that are compared: the batch dimension must be free, 1 and 0 are special.
+# Batch sizes that are compared: the batch dimension must be dynamic, and 1 is often special.
 _BATCHES = (1, 2, 500)
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a trained model as one file that other programs can load, and check that file.
+    """Export a trained model as one file for other programs, and verify that file.
 
-    Its input is `images`, (N, 784) float32, the pixels' bytes / 256, 28 rows one after another,
-    white digit on black; its output is `logits`, (N, 10) float32.
+    Input: `images`, (N, 784) float32, bytes / 256, row by row, white on black.
+    Output: `logits`, (N, 10) float32.
     """
 
-    model: Annotated[str, Positional, arg(metavar="RUN_OR_CHECKPOINT")]
-    """A run's directory (its best.pt is meant), or a checkpoint."""
-
-    format: Format
-    """torch: for torch.export.load, in Python or C++. onnx: for ONNX runtimes; needs the packages
-    of the extra "onnx"."""
-
-    output: str | None = None
-    """File to write, ending in .pt2 (torch) or .onnx. None: beside the checkpoint."""
+    model: str = argument(
+        metavar="RUN_OR_CHECKPOINT", help="run directory (its best.pt is used) or checkpoint"
+    )
+    format: Format = flag(
+        help="torch: for torch.export.load in Python or C++; onnx: for ONNX runtimes, needs the "
+        "packages of the extra `onnx`"
+    )
+    output: str | None = flag(
+        None,
+        metavar="FILE",
+        unset="next to the checkpoint",
+        help="file to write, ending in .pt2 (torch) or .onnx (onnx)",
+    )
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written, and how well it agrees with the model."""
+    """A file that was written, and how closely it matches the model."""
 
     file: Path
     difference: float
-    """The largest |logit - m| / (1 + |m|), with m the model's logit, over the bundled test digits:
-    what numpy.allclose compares with equal tolerances."""
+    """Maximum of |logit - m| / (1 + |m|) over the bundled test digits, with m the model's logit:
+    the smallest tolerance that numpy.allclose accepts for both rtol and atol."""
 
 
 def export(model: str | Path, format: Format, output: str | Path | None = None) -> Exported:
-    """Write a trained model as a file that needs no code of this project, and check that file.
+    """Export a trained model as a file that does not need this package, and verify that file.
 
-    The file is run on the bundled test digits, in batches of several sizes, before it takes its
-    name: what is at `output` afterwards is what was there before, or agrees with the model.
+    The file replaces `output` only if its logits on the bundled test digits, in batches of several
+    sizes, match the model's.
 
     Args:
-        model: a run's directory (its best.pt is meant) or a checkpoint.
+        model: a run directory (its best.pt is used) or a checkpoint.
         format: "torch" (`torch.export`) or "onnx".
-        output: file to write; None: beside the checkpoint, under its name.
+        output: file to write. None: next to the checkpoint, with its name.
 
     Raises:
         UserError: the model or the output cannot be used, or a package is missing.
-        JobError: the exported model does not agree with the original.
+        JobError: the exported model does not match the original.
     """
     if format not in _SUFFIX:
         raise UserError(f"--format {format}: give one of {', '.join(_SUFFIX)}")
@@ -110,7 +113,7 @@ def export(model: str | Path, format: Format, output: str | Path | None = None) 
 
 
 def run(flags: Sequence[str]) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     config = parse_flags(ExportConfig, flags, "mnist-dist export")
     exported = export(config.model, config.format, config.output)
     print(f"wrote  {exported.file} ({exported.file.stat().st_size:,} bytes)")
@@ -123,7 +126,7 @@ def run(flags: Sequence[str]) -> int:
 
 
 def _output(output: str | Path | None, checkpoint: Path, format: Format) -> Path:
-    """Where to write. The suffix keeps a slip from replacing a checkpoint or a picture."""
+    """Return the file to write. The required suffix protects checkpoints and other files."""
     if output is None:
         return checkpoint.with_suffix(_SUFFIX[format])
     file = Path(output)
@@ -136,7 +139,7 @@ def _output(output: str | Path | None, checkpoint: Path, format: Format) -> Path
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters chatter on every channel; what matters is whether the file agrees."""
+    """Suppress the output of the exporters: the comparison afterwards is what counts."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -153,7 +156,7 @@ def _quiet() -> Iterator[None]:
 
 def _to_torch(model: nn.Module) -> bytes:
     batch = torch.export.Dim("N", min=1)
-    example = (torch.zeros(2, 784),)
+    example = (torch.zeros(2, IMAGE_PIXELS),)
     program = torch.export.export(model, example, dynamic_shapes=({0: batch},))
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
@@ -169,7 +172,7 @@ def _torch_reader(file: Path) -> Callable[[Tensor], Tensor]:
 def _to_onnx(model: nn.Module) -> bytes:
     program = torch.onnx.export(
         model,
-        (torch.zeros(2, 784),),
+        (torch.zeros(2, IMAGE_PIXELS),),
         input_names=["images"],
         output_names=["logits"],
         dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
@@ -195,18 +198,18 @@ def _onnx_reader(file: Path) -> Callable[[Tensor], Tensor]:
 
 @torch.inference_mode()
 def _compare(exported: Callable[[Tensor], Tensor], model: nn.Module, file: Path) -> float:
-    """`Exported.difference`. Raises JobError if it is too large."""
-    images = pixels(load(locate("bundled", None)).test.images)
+    """Return `Exported.difference`. Raises JobError if it exceeds the tolerance."""
+    images = pixels(load(find_data("bundled", None)).test.images)
     largest = 0.0
     for size in _BATCHES:
         expected = model(images[:size])
-        apart = (exported(images[:size]) - expected).abs() / (1 + expected.abs())
-        difference = apart.max().item()
-        # A nan is neither larger nor smaller than anything.
+        differences = (exported(images[:size]) - expected).abs() / (1 + expected.abs())
+        difference = differences.max().item()
+        # NaN compares false with every number.
         largest = difference if not difference <= largest else largest
     if not largest <= _TOLERANCE:
         raise JobError(
             f"{file}: not written: the exported model's logits differ by {largest:.1e} (relative) "
-            "from the original's; this is a bug, or another version of torch is needed"
+            "from the original's; report a bug, or try another version of torch"
         )
     return largest

@@ -1,94 +1,88 @@
-"""`mnist-dist predict`: which digit is in the picture?"""
+"""`mnist-dist predict`: the digits in image files."""
 
 import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
 from torch import nn
-from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from mnist_dist.commands.preprocessing import find_pictures, prepare
-from mnist_dist.commands.trained_model import load_model
+from mnist_dist.commands.loading import load_model
+from mnist_dist.commands.preprocessing import find_images, preprocess_image
 from mnist_dist.data.errors import one_line
 from mnist_dist.errors import UserError
-from mnist_dist.flags import parse_flags
+from mnist_dist.flags import argument, flag, parse_flags
 from mnist_dist.model import pixels
 
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Say which digit is in each picture, with the probability of every digit.
+    """Classify images of digits, with the probability of every digit.
 
-    Dark ink on light paper or light on dark, anywhere in the picture, at any size, one digit each.
+    Images contain one digit each, at any size and position, dark on light or
+    light on dark.
     """
 
-    model: Annotated[str, Positional, arg(metavar="RUN_OR_CHECKPOINT")]
-    """A run's directory (its best.pt is meant), or a checkpoint."""
-
-    images: Annotated[tuple[str, ...], Positional, arg(metavar="IMAGE...")]
-    """PNG or JPEG files, or directories of them."""
-
-    json: FlagCreatePairsOff[bool] = False
-    """Print a JSON array with an object for each picture."""
+    model: str = argument(
+        metavar="RUN_OR_CHECKPOINT", help="run directory (its best.pt is used) or checkpoint"
+    )
+    images: tuple[str, ...] = argument(
+        metavar="IMAGE", help="PNG or JPEG files, or directories of them"
+    )
+    json: bool = flag(False, help="print a JSON array with one object per image")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model sees in one picture."""
+    """The classification of one image."""
 
     file: str
     digit: int
-    """The most probable one."""
+    """The most probable digit."""
     probabilities: tuple[float, ...]
-    """Of the digits 0 to 9; they add up to 1."""
+    """Of the digits 0 to 9, with a sum of 1."""
 
 
 def predict(model: nn.Module | str | Path, images: Iterable[str | Path]) -> list[Prediction]:
-    """Say which digit is in each picture.
+    """Classify images of digits.
 
     Args:
-        model: from `load_model`, or a run's directory or checkpoint.
-        images: PNG or JPEG files, or directories of them, which stand for the files in them.
+        model: from `load_model`, or a run directory or checkpoint.
+        images: PNG or JPEG files, or directories of them.
 
     Raises:
-        UserError: a file cannot be used; the text names it.
+        UserError: a file cannot be used.
     """
     network = model if isinstance(model, nn.Module) else load_model(model)
-    files = [file for image in images for file in find_pictures(image)]
+    files = [file for image in images for file in find_images(image)]
     return [_predict(network, file) for file in files]
 
 
 @torch.inference_mode()
 def _predict(model: nn.Module, file: Path) -> Prediction:
-    """One at a time: what is said of a picture must not depend on the others, not in a last bit."""
-    probabilities = model(pixels(prepare(file))[None]).softmax(1)[0]
+    """One at a time: in a batch, the last bits would depend on the other images."""
+    probabilities = model(pixels(preprocess_image(file))[None]).softmax(1)[0]
     return Prediction(str(file), int(probabilities.argmax()), tuple(probabilities.tolist()))
 
 
 def run(flags: Sequence[str]) -> int:
-    """The command. A picture that cannot be used is a line on stderr; the others are predicted."""
+    """Run the command. Images that cannot be used are listed on stderr, the rest are classified."""
     config = parse_flags(PredictConfig, flags, "mnist-dist predict")
-    if not config.images:
-        raise UserError(
-            "IMAGE... is missing; name a PNG, a JPEG or a directory of them after the model"
-        )
     model = load_model(config.model)
     predictions, code = [], 0
     for image in config.images:
         try:
-            files = find_pictures(image)
+            files = find_images(image)
         except UserError as error:
-            code = _say(error)
+            code = _print_error(error)
             continue
         for file in files:
             try:
                 predictions.append(_predict(model, file))
             except UserError as error:
-                code = _say(error)
+                code = _print_error(error)
     if config.json:
         print(json.dumps([asdict(prediction) for prediction in predictions]))
     else:
@@ -96,7 +90,7 @@ def run(flags: Sequence[str]) -> int:
     return code
 
 
-def _say(error: UserError) -> int:
+def _print_error(error: UserError) -> int:
     print(f"mnist-dist: error: {error}", file=sys.stderr)
     return error.exit_code
 
@@ -105,6 +99,6 @@ def _print_table(predictions: Sequence[Prediction]) -> None:
     names = [one_line(prediction.file) for prediction in predictions]
     width = max(map(len, names), default=0)
     for name, prediction in zip(names, predictions, strict=True):
-        shares = enumerate(prediction.probabilities)
-        each = "  ".join(f"{digit}: {share:.1%}" for digit, share in shares)
-        print(f"{name:{width}}  {prediction.digit}   {each}")
+        probabilities = enumerate(prediction.probabilities)
+        columns = "  ".join(f"{digit}: {value:.1%}" for digit, value in probabilities)
+        print(f"{name:{width}}  {prediction.digit}   {columns}")

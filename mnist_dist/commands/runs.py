@@ -1,4 +1,4 @@
-"""`mnist-dist runs`: a table of what was run. Needs no torch, so it is quick."""
+"""`mnist-dist runs`: a table of runs. Does not import torch, which takes seconds."""
 
 import contextlib
 import fcntl
@@ -8,50 +8,45 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from typing import Any
 
 from mnist_dist.errors import UserError
-from mnist_dist.flags import parse_flags
+from mnist_dist.flags import argument, flag, parse_flags
 
 
 @dataclass(frozen=True)
 class RunsConfig:
-    """List the runs in a directory: how each ended, on what, and how good it is."""
+    """List the runs in a directory with their status, data and metrics."""
 
-    directory: Annotated[str, Positional, arg(metavar="DIRECTORY")] = "runs"
-    """Directory with runs in it, or one run's own."""
-
-    json: FlagCreatePairsOff[bool] = False
-    """Print a JSON array with an object for each run."""
+    directory: str = argument("runs", metavar="DIRECTORY", help="directory of runs, or of one run")
+    json: bool = flag(False, help="print a JSON array with one object per run")
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run, as its files tell it; None where they do not."""
+    """A run's files in short; None for what they do not contain."""
 
     path: str
     status: str
-    """running, completed, preempted or failed, as the run wrote it; killed: it wrote running, but
-    its process on this host is gone; unreadable: it has no status.json that can be read."""
+    """running, completed, preempted or failed, from status.json; killed: status.json says running,
+    but the process on this host is gone; unreadable: there is no readable status.json."""
     data: str | None
-    """What it was trained on, in a word or two."""
+    """Short name of the training data."""
     world_size: int | None
     epoch: int | None
-    """Epochs finished."""
+    """Finished epochs."""
     epochs: int | None
-    """Epochs asked for."""
+    """Requested epochs."""
     best_validation_loss: float | None
     test_accuracy: float | None
-    """Of the best epoch's weights; None before the run completed."""
+    """With the weights of the best epoch; None until the run is completed."""
 
 
 def list_runs(directory: str | Path = "runs") -> list[RunSummary]:
-    """Summaries of the runs in `directory`, by name, that is by age; other things are left out.
+    """Summarize the runs in `directory`, sorted by name, which by default is by age.
 
     Raises:
-        UserError: there is no such directory, or it cannot be read.
+        UserError: the directory does not exist or cannot be read.
     """
     path = Path(directory)
     if _is_run(path):
@@ -65,7 +60,7 @@ def list_runs(directory: str | Path = "runs") -> list[RunSummary]:
 
 
 def run(flags: Sequence[str]) -> int:
-    """The command."""
+    """Run the command; returns the exit code."""
     config = parse_flags(RunsConfig, flags, "mnist-dist runs")
     runs = list_runs(config.directory)
     if config.json:
@@ -78,7 +73,7 @@ def run(flags: Sequence[str]) -> int:
 
 
 def _is_run(path: Path) -> bool:
-    """Whether training made this directory, however broken it may be."""
+    """Whether training created this directory, even if files are missing."""
     with contextlib.suppress(OSError):
         ours = ("status.json", "checkpoints", "metrics.jsonl")
         return path.is_dir() and any((path / name).exists() for name in ours)
@@ -92,25 +87,25 @@ def _summary(path: Path) -> RunSummary:
     records = list(_records(path / "metrics.jsonl"))
     losses = [loss for record in records if (loss := _number(record, "val/loss")) is not None]
     accuracies = [a for record in records if (a := _number(record, "test/accuracy")) is not None]
-    word = _text(status, "status") or "unreadable"
-    # A run that was extended has the test figures of its shorter self, too: the last ones count.
-    tested = word == "completed" and accuracies
+    written = _text(status, "status") or "unreadable"
+    # An extended run has test metrics for each time that it was completed.
+    accuracy = accuracies[-1] if written == "completed" and accuracies else None
     return RunSummary(
         path=str(path),
-        status="killed" if word == "running" and _is_gone(path, environment) else word,
+        status="killed" if written == "running" and _is_gone(path, environment) else written,
         data=_data(config, environment),
         world_size=_count(environment, "world_size"),
         epoch=_count(status, "epoch"),
         epochs=_count(config, "epochs"),
         best_validation_loss=min(losses, default=None),
-        test_accuracy=accuracies[-1] if tested else None,
+        test_accuracy=accuracy,
     )
 
 
 def _is_gone(path: Path, environment: Mapping[str, Any]) -> bool:
-    """Whether the process that wrote this run from this host has ended without a word.
+    """Whether the process that wrote this run is known to have died.
 
-    A run holds a lock on its directory, which the kernel frees; of other hosts we cannot tell.
+    It held a lock on the directory, which the kernel releases. Unknown on other hosts.
     """
     if environment.get("host") != socket.gethostname():
         return False
@@ -124,7 +119,7 @@ def _is_gone(path: Path, environment: Mapping[str, Any]) -> bool:
 
 
 def _data(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str | None:
-    """In a word or two: MNIST, bundled, or what the user's file is called."""
+    """Return MNIST, bundled, or the name of the user's file."""
     given = _text(config, "data")
     description = _text(environment, "data")
     if description is None:
@@ -138,7 +133,7 @@ def _data(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str | No
 
 
 def _read(file: Path) -> Mapping[str, Any]:
-    """The JSON object in `file`; an empty one if there is none."""
+    """Return the JSON object in `file`, or an empty one."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         content = json.loads(file.read_text())
         return content if isinstance(content, dict) else {}
@@ -146,7 +141,7 @@ def _read(file: Path) -> Mapping[str, Any]:
 
 
 def _records(file: Path) -> Iterator[Mapping[str, Any]]:
-    """The JSON objects in a file of lines, without what is none."""
+    """Yield the JSON objects in a file of lines; other lines are skipped."""
     with contextlib.suppress(OSError), file.open(errors="replace") as lines:
         for line in lines:
             with contextlib.suppress(ValueError, RecursionError):
@@ -167,7 +162,7 @@ def _count(values: Mapping[str, Any], name: str) -> int | None:
 
 
 def _text(values: Mapping[str, Any], name: str) -> str | None:
-    """Text out of a file, without what would play tricks on a terminal."""
+    """Return text from a file, safe to print on a terminal."""
     value = values.get(name)
     return _printable(value)[:60] if isinstance(value, str) and value else None
 

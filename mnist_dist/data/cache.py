@@ -1,7 +1,7 @@
-"""Converted data on disk: one file a data set, mapped into memory by every process that reads it.
+"""Converted data on disk: one file per data set, memory-mapped by every process that reads it.
 
-An entry is a plain dict of uint8 tensors saved by ``torch.save``. It is complete or absent, never
-half there, and it is made once however many jobs ask for it at the same time.
+An entry is a plain dict of uint8 tensors saved by ``torch.save``. It is complete or absent, and it
+is created once, however many jobs need it at the same time.
 """
 
 import atexit
@@ -22,16 +22,17 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from mnist_dist.data.errors import DataError, MalformedError, blaming
-from mnist_dist.data.splits import CLASSES, PIXELS, SPLIT_NAMES, Dataset, Split
+from mnist_dist.data.errors import DataError, MalformedError, naming_file
+from mnist_dist.data.splits import SPLIT_NAMES, Dataset, Split
+from mnist_dist.dimensions import IMAGE_PIXELS, NUM_CLASSES
 
-# Raise it when the content of an entry changes: older entries are then made anew.
+# Increase it when the content of an entry changes: older entries are then rebuilt.
 FORMAT = 1
 REMEDY = "name a writable directory with --cache-dir or MNIST_DIST_CACHE"
 
-# Longer than a download may take.
+# Longer than the limit of a download.
 LOCK_WAIT_S = 600
-# A temporary file this old was left by a process that was killed.
+# A temporary file of this age belongs to a process that was killed.
 _STALE_S = 3600
 
 _KEYS = {"format", "description", "fingerprint"} | {
@@ -40,21 +41,21 @@ _KEYS = {"format", "description", "fingerprint"} | {
 
 
 @dataclass(frozen=True)
-class Place:
-    """A directory that can be written, and what to tell the user about it."""
+class CacheDir:
+    """A writable directory for entries, and warnings about it for the user."""
 
     directory: Path
     warnings: tuple[str, ...] = ()
 
 
 def directory(chosen: str | Path | None) -> Path:
-    """Where entries live: `chosen`, or the environment's word for it; it need not exist yet.
+    """Return the cache directory: `chosen`, or the environment's; it need not exist.
 
     Raises:
-        DataError: it begins with a ``~`` of nobody.
+        DataError: it starts with the ``~`` of an unknown user.
     """
     if named := chosen or os.environ.get("MNIST_DIST_CACHE"):
-        with blaming(f"cache {named}", REMEDY):
+        with naming_file(f"cache {named}", REMEDY):
             return Path(named).expanduser().absolute()
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG specification says to ignore a relative path.
@@ -62,23 +63,23 @@ def directory(chosen: str | Path | None) -> Path:
 
 
 def read(entry: Path) -> Dataset:
-    """Map an entry into memory; its pixels are read only when they are used.
+    """Memory-map an entry; its pixels are read when they are used.
 
     Raises:
-        DataError: there is none, or it is not what `write` wrote.
+        DataError: it does not exist, or was not written by `write`.
     """
-    with blaming(entry, "remove it and start again: it is made anew"):
+    with naming_file(entry, "remove it and start again: it is rebuilt"):
         content = torch.load(entry, map_location="cpu", mmap=True, weights_only=True)
         return _dataset(content)
 
 
 def verify(entry: Path) -> None:
-    """Compare an entry's content with the checksums that `torch.save` put in; about 15 ms.
+    """Compare an entry's content with the checksums that `torch.save` wrote; takes about 15 ms.
 
     Raises:
-        DataError: there is none, or it was damaged since it was written.
+        DataError: it does not exist, or is damaged.
     """
-    with blaming(entry, "remove it and start again: it is made anew"):
+    with naming_file(entry, "remove it and start again: it is rebuilt"):
         with zipfile.ZipFile(entry) as file:
             damaged = file.testzip()
         if damaged is not None:
@@ -86,10 +87,10 @@ def verify(entry: Path) -> None:
 
 
 def write(entry: Path, dataset: Dataset) -> None:
-    """Put an entry in place, whole: a reader sees the old one or the new one.
+    """Write an entry atomically: readers see the old one or the new one.
 
     Raises:
-        OSError: it cannot be written; nothing is left behind.
+        OSError: it cannot be written; no partial file remains.
     """
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -99,7 +100,7 @@ def write(entry: Path, dataset: Dataset) -> None:
     for name, split in zip(SPLIT_NAMES, dataset.splits, strict=True):
         content[f"{name}_images"] = split.images.contiguous()
         content[f"{name}_labels"] = split.labels.to(torch.uint8)
-    # By way of memory, since torch.save turns a full disk's OSError into a puzzling RuntimeError.
+    # Serialized in memory: torch.save turns the OSError of a full disk into a RuntimeError.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with temporary_file(entry) as file:
@@ -111,41 +112,44 @@ def write(entry: Path, dataset: Dataset) -> None:
 
 
 @contextmanager
-def exclusive(entry: Path) -> Iterator[Place]:
-    """Hold the lock of `entry` and yield where to write it; look again whether it is there now.
+def exclusive(entry: Path) -> Iterator[CacheDir]:
+    """Lock `entry` and yield the directory to write it to.
 
-    Without the lock, jobs that start together would all download and convert. Where the directory
-    cannot be written there is nothing to share: the place is then a private one.
+    Another job may have written the entry while this one waited: check again. Without the lock,
+    jobs that start together would all download and convert. If the cache directory cannot be
+    written, a private one is yielded.
 
     Raises:
         DataError: another process held the lock for `LOCK_WAIT_S`.
     """
     lock = FileLock(entry.with_name(f"{entry.name}.lock"), timeout=LOCK_WAIT_S)
     try:
-        yield _locked_place(entry, lock)
+        yield _locked_dir(entry, lock)
     finally:
         lock.release()
 
 
-def private_place(refused: Path, reason: Exception) -> Place:
-    """A directory for this run only, in the stead of `refused`; removed when the process ends.
+def private_dir(refused: Path, reason: Exception) -> CacheDir:
+    """Create a directory for this run only, in place of `refused`; removed at exit.
 
     Raises:
-        DataError: not even a temporary directory can be made.
+        DataError: no temporary directory can be created either.
     """
     fault = getattr(reason, "strerror", None) or str(reason)
     try:
         made = Path(tempfile.mkdtemp(prefix="mnist-dist-"))
     except OSError as error:
-        raise DataError(f"cache {refused}: {fault}; nor is there room in TMPDIR", REMEDY) from error
+        raise DataError(
+            f"cache {refused}: {fault}; and no temporary directory can be created in TMPDIR", REMEDY
+        ) from error
     atexit.register(_remove, made, os.getpid())
     warning = f"cache {refused} cannot be written ({fault}): converting for this run only; {REMEDY}"
-    return Place(made, (warning,))
+    return CacheDir(made, (warning,))
 
 
 @contextmanager
 def temporary_file(entry: Path) -> Iterator[Path]:
-    """A name beside `entry` for a file in the making; what is still there at the end is removed."""
+    """Yield a temporary name next to `entry`; a file that still has it afterwards is removed."""
     file = entry.with_name(f".{entry.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield file
@@ -153,22 +157,22 @@ def temporary_file(entry: Path) -> Iterator[Path]:
         file.unlink(missing_ok=True)
 
 
-def _locked_place(entry: Path, lock: FileLock) -> Place:
+def _locked_dir(entry: Path, lock: FileLock) -> CacheDir:
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        # A lock file can be writable in a directory that is not.
+        # The lock file can be writable although the directory is not.
         with tempfile.TemporaryFile(dir=entry.parent):
             pass
     except Timeout as error:
         raise DataError(
             f"{lock.lock_file}: held by another process for {LOCK_WAIT_S} s",
-            "see that it still works on the data, or end it, then start again",
+            "check that it is still preparing the data, or stop it, then start again",
         ) from error
     except (OSError, NotImplementedError) as error:
-        return private_place(entry.parent, error)
+        return private_dir(entry.parent, error)
     _sweep(entry)
-    return Place(entry.parent)
+    return CacheDir(entry.parent)
 
 
 def _sweep(entry: Path) -> None:
@@ -178,9 +182,9 @@ def _sweep(entry: Path) -> None:
                 file.unlink()
 
 
-def _remove(made: Path, maker: int) -> None:
-    # A forked child inherits the maker's exit handlers, not its directory.
-    if os.getpid() == maker:
+def _remove(made: Path, creator: int) -> None:
+    # A forked child inherits the exit handlers, but must not remove its parent's directory.
+    if os.getpid() == creator:
         shutil.rmtree(made, ignore_errors=True)
 
 
@@ -188,27 +192,27 @@ def _home() -> Path:
     try:
         return Path.home()
     except RuntimeError:
-        # A container's user may have no home: what follows finds this unwritable, and says so.
+        # A container's user may have no home: / is then reported as not writable.
         return Path("/")
 
 
 def _dataset(content: object) -> Dataset:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise MalformedError("is no entry of this version")
+        raise MalformedError("is not a cache entry of this version")
     if content.keys() != _KEYS:
-        raise MalformedError("is an entry with parts missing or added")
+        raise MalformedError("is a cache entry with missing or additional parts")
     description, fingerprint = content["description"], content["fingerprint"]
     if not isinstance(description, str) or not isinstance(fingerprint, str):
-        raise MalformedError("is an entry without description or fingerprint")
+        raise MalformedError("is a cache entry without description or fingerprint")
     train, validation, test = (_split(content, name) for name in SPLIT_NAMES)
     return Dataset(train, validation, test, description, fingerprint)
 
 
 def _split(content: dict[str, Any], name: str) -> Split:
     images, labels = content[f"{name}_images"], content[f"{name}_labels"]
-    for tensor, shape in ((images, (len(labels), PIXELS)), (labels, (len(labels),))):
+    for tensor, shape in ((images, (len(labels), IMAGE_PIXELS)), (labels, (len(labels),))):
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8 or tensor.shape != shape:
-            raise MalformedError(f"is an entry whose {name} split is not bytes of the right shape")
-    if len(labels) == 0 or labels.max() >= CLASSES:
-        raise MalformedError(f"is an entry whose {name} labels are not 0 to 9")
+            raise MalformedError(f"is a cache entry with a {name} split of the wrong shape or type")
+    if len(labels) == 0 or labels.max() >= NUM_CLASSES:
+        raise MalformedError(f"is a cache entry with {name} labels outside 0 to 9")
     return Split(images, labels.to(torch.int64))

@@ -1,4 +1,4 @@
-"""What a bad file, address or cache ends in: one line that names it, its fault and the remedy."""
+"""Errors of a file, address or cache: one line with its name, the problem and the remedy."""
 
 import gzip
 import zlib
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from mnist_dist.errors import UserError
 
-MEND_THE_FILE = "copy or download it again, or pass another file with --data"
+FILE_REMEDY = "copy or download it again, or pass another file with --data"
 
 
 class DataError(UserError):
     """The data cannot be used.
 
-    ``problem`` names the file and what is wrong with it, ``remedy`` says what to do about it; the
-    ``str`` is both on one line. Picklable, so that one rank can hand it to the others.
+    ``problem`` is the file's name and what is wrong with it, ``remedy`` what to do; the ``str`` is
+    both on one line. Picklable, so that ranks can send it to each other.
     """
 
     def __init__(self, problem: str, remedy: str) -> None:
@@ -28,22 +28,22 @@ class DataError(UserError):
 
 
 class MalformedError(ValueError):
-    """What is wrong with a file's content, said without its name: `blaming` adds that."""
+    """What is wrong with the content of a file, without its name, which `naming_file` adds."""
 
 
 @contextmanager
-def blaming(culprit: Path | str, remedy: str = MEND_THE_FILE) -> Iterator[None]:
-    """Turn whatever reading `culprit` raises into one `DataError` that names it.
+def naming_file(file: Path | str, remedy: str = FILE_REMEDY) -> Iterator[None]:
+    """Convert any exception in the block into a `DataError` that names `file`.
 
-    Every ``Exception`` is meant: parsers fed hostile bytes raise far more kinds than they document
-    (the pickle module alone a dozen), and none of them may reach the user as a traceback.
+    Parsers of untrusted bytes raise many more exceptions than they document (the pickle module a
+    dozen), and none of them may reach the user as a traceback.
     """
     try:
         yield
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{culprit}: {_fault(error)}", remedy) from error
+        raise DataError(f"{file}: {_fault(error)}", remedy) from error
 
 
 def _fault(error: Exception) -> str:
@@ -59,11 +59,11 @@ def _fault(error: Exception) -> str:
 
 
 def printable(value: object, limit: int = 120) -> str:
-    """Text that came out of a file, made safe to print: ASCII, no control characters, short."""
+    """Make text from a file safe to print: ASCII, without control characters, short."""
     text = ascii(str(value))[1:-1]
     return text if len(text) <= limit else text[:limit] + "..."
 
 
 def one_line(text: str) -> str:
-    """Text with a path in it, made printable: a file name may hold a newline, or be no UTF-8."""
+    """Make text with a path printable: file names may contain newlines or invalid UTF-8."""
     return " ".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Which format is it? Decided by what a file holds; its name only helps where bytes cannot tell."""
+"""Format detection by a file's first bytes; its name decides only where they do not."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from mnist_dist.data import idx, npz, pickles
-from mnist_dist.data.errors import DataError, MalformedError, blaming
+from mnist_dist.data.errors import DataError, MalformedError, naming_file
 from mnist_dist.data.splits import Dataset, Splits, assemble
 from mnist_dist.data.streams import open_unpacked
 
@@ -19,25 +19,25 @@ _PICKLE_SUFFIXES = (".pkl", ".pickle")
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as the user gave it: the path, every file behind it, and how to read them."""
+    """A data set named by the user: the path, the files behind it, and how to read them."""
 
     path: Path
     files: tuple[Path, ...]
     reader: Callable[[], Splits]
 
     def read(self) -> Dataset:
-        """Read and check everything. Raises `DataError` naming the file that is to blame."""
-        with blaming(self.path):
+        """Read and check all files. Raises `DataError`, which names the file at fault."""
+        with naming_file(self.path):
             return assemble(self.reader(), str(self.path.resolve()))
 
     def cache_entry(self) -> str:
-        """A file name that is another when any file behind it is (by path, size or change time).
+        """Return a file name that depends on the path, size and time of change of every file.
 
         Raises:
-            DataError: a file has gone.
+            DataError: a file no longer exists.
         """
         key = hashlib.sha256()
-        with blaming(self.path):
+        with naming_file(self.path):
             for file in self.files:
                 stat = file.stat()
                 key.update(os.fsencode(file.resolve()))
@@ -46,15 +46,13 @@ class Source:
         return f"{readable}-{key.hexdigest()[:24]}.pt"
 
 
-def recognise(path: Path) -> Source:
-    """Find out how to read `path`, a file or a directory, from its first bytes or its files.
-
-    A leading ``~`` is the user's home.
+def detect_format(path: Path) -> Source:
+    """Determine the format of `path`, a file or a directory; a leading ``~`` is expanded.
 
     Raises:
-        DataError: it is not there, cannot be read, or is nothing that can be read.
+        DataError: it does not exist, cannot be read, or has no known format.
     """
-    with blaming(path):
+    with naming_file(path):
         path = path.expanduser()
         if path.is_dir():
             files = idx.find(path)
@@ -76,11 +74,11 @@ def _reader_of(file: Path) -> Callable[[Path], Splits]:
     if head == _ZIP_MAGIC:
         return npz.read
     if head in (idx.IMAGE_MAGIC, idx.LABEL_MAGIC):
-        raise DataError(f"{file}: is one IDX file of four", "pass the directory that holds them")
+        raise DataError(f"{file}: is one IDX file of four", "pass the directory that contains them")
     suffixes = file.name.lower().removesuffix(".gz")
     if head[:1] == b"\x80" or suffixes.endswith(_PICKLE_SUFFIXES):
         return pickles.read
     raise DataError(
-        f"{file}: is in no format known here",
+        f"{file}: has an unknown format",
         "pass a mnist.pkl.gz, a directory of IDX files or a Keras-style mnist.npz",
     )

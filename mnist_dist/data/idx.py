@@ -1,4 +1,4 @@
-"""IDX, the format of Yann LeCun's original MNIST files; Fashion-MNIST and KMNIST use it too.
+"""IDX, the format of the original MNIST files, also used by Fashion-MNIST and KMNIST.
 
 A file is two zero bytes, a type code (8: unsigned byte), the number of dimensions, each dimension
 as a big-endian 32-bit number, then the elements, last dimension fastest. Described on
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mnist_dist.data.errors import DataError, MalformedError, blaming
+from mnist_dist.data.errors import DataError, MalformedError, naming_file
 from mnist_dist.data.splits import Splits, check_image_shape, hold_out_validation
 from mnist_dist.data.streams import open_unpacked
 
@@ -24,12 +24,12 @@ _ROLES = ("train-images{}idx3", "train-labels{}idx1", "t10k-images{}idx3", "t10k
 
 
 def find(directory: Path) -> tuple[Path, Path, Path, Path]:
-    """The four IDX files of `directory`: train images and labels, test images and labels.
+    """Find the four IDX files of `directory`: train images and labels, test images and labels.
 
-    They may lie in it, in its ``raw``, or in one ``*/raw`` (torchvision's ``MNIST/raw``).
+    They may be in it, in its ``raw``, or in one ``*/raw`` (torchvision's ``MNIST/raw``).
 
     Raises:
-        DataError: there are none, one is missing, or more than one folder has them.
+        DataError: there are none, one is missing, or several folders have them.
         OSError: the directory cannot be read.
     """
     folder = _folder_with_images(directory)
@@ -41,8 +41,8 @@ def read(files: tuple[Path, Path, Path, Path]) -> Splits:
     """Read the files that `find` found.
 
     Raises:
-        DataError: names the file that cannot be read or is not what its name says.
-        MalformedError: the files do not fit together.
+        DataError: a file cannot be read, or its content contradicts its name.
+        MalformedError: the files do not belong together.
     """
     train_images, train_labels, test_images, test_labels = files
     return hold_out_validation(
@@ -52,11 +52,11 @@ def read(files: tuple[Path, Path, Path, Path]) -> Splits:
 
 
 def _read_array(file: Path, magic: bytes) -> NDArray[np.uint8]:
-    with blaming(file), open_unpacked(file) as stream:
+    with naming_file(file), open_unpacked(file) as stream:
         found = stream.read_exactly(4)
         if found != magic:
             raise MalformedError(
-                f"starts with {found.hex()}, an IDX file of its kind {magic.hex()}"
+                f"starts with {found.hex()}, expected {magic.hex()} for this IDX file"
             )
         rank = magic[3]
         shape = struct.unpack(f">{rank}I", stream.read_exactly(4 * rank))
@@ -74,7 +74,7 @@ def _folder_with_images(directory: Path) -> Path:
     nested = [child / "raw" for child in sorted(directory.iterdir()) if _has_images(child / "raw")]
     if len(nested) > 1:
         names = ", ".join(str(folder) for folder in nested)
-        raise DataError(f"{directory}: holds several data sets", f"pass one of them: {names}")
+        raise DataError(f"{directory}: contains several data sets", f"pass one of them: {names}")
     return nested[0] if nested else _refuse(directory)
 
 
@@ -84,7 +84,7 @@ def _refuse(directory: Path) -> Path:
             raise DataError(f"{directory}: has no IDX files", f"pass --data {directory / name}")
     raise DataError(
         f"{directory}: has no IDX files (train-images-idx3-ubyte and so on, raw or .gz)",
-        "pass the directory that holds them, or a mnist.pkl.gz or mnist.npz, with --data",
+        "pass the directory that contains them, or a mnist.pkl.gz or mnist.npz, with --data",
     )
 
 
@@ -97,11 +97,11 @@ def _pick(folder: Path, role: str) -> Path:
         if path.is_file():
             return path
     wanted = role.format("-") + "-ubyte"
-    raise DataError(f"{folder}: {wanted} (or {wanted}.gz) is missing", "put it beside the others")
+    raise DataError(f"{folder}: {wanted} (or {wanted}.gz) is missing", "add it to that directory")
 
 
 def _spellings(folder: Path, role: str) -> Iterator[Path]:
-    # Unpacked first: torchvision leaves both, and the unpacked one is quicker to read.
+    # Unpacked first: torchvision leaves both, and the unpacked file is faster to read.
     for suffix in ("-ubyte", "-ubyte.gz"):
         for separator in ("-", "."):
             yield folder / (role.format(separator) + suffix)

@@ -1,7 +1,7 @@
 """NumPy's .npz, a zip of .npy files, as Keras serves MNIST.
 
-The header of a .npy is numpy's own to parse (``numpy.lib.format``); what it claims is held against
-the zip's directory before any element is read, and object arrays, which are pickles, are refused.
+The header of a .npy is parsed by numpy (``numpy.lib.format``) and compared with the directory of
+the zip before any element is read. Object arrays, which are pickles, are refused.
 """
 
 import math
@@ -18,16 +18,16 @@ from mnist_dist.data.splits import Splits, hold_out_validation
 from mnist_dist.data.streams import BoundedStream
 
 _KERAS_NAMES = ("x_train", "y_train", "x_test", "y_test")
-# numpy writes only these; of the others, LZMA lets the file decide how much memory it takes.
+# numpy writes only these; with LZMA, the file would decide how much memory is used.
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def read(file: Path) -> Splits:
-    """Read a Keras-style file: ``x_train``, ``y_train``, ``x_test``, ``y_test``, integers all.
+    """Read a Keras-style file: integer arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``.
 
     Raises:
-        MalformedError: arrays are missing, of the wrong kind or do not fit together.
-        Exception: whatever else a damaged zip makes ``zipfile`` or numpy raise.
+        MalformedError: arrays are missing, have the wrong type or do not belong together.
+        Exception: any other error of ``zipfile`` or numpy for a damaged zip.
     """
     with file.open("rb") as stream:
         x_train, y_train, x_test, y_test = read_arrays(stream, _KERAS_NAMES)
@@ -35,11 +35,11 @@ def read(file: Path) -> Splits:
 
 
 def read_arrays(stream: IO[bytes], names: Sequence[str]) -> list[NDArray[Any]]:
-    """The arrays called `names` out of an .npz; all of them must hold integers.
+    """Read the integer arrays `names` from an .npz.
 
     Raises:
-        MalformedError: one is missing, is not of integers, or its size is not what its header says.
-        Exception: whatever else a damaged zip makes ``zipfile`` or numpy raise.
+        MalformedError: one is missing, is not of integers, or its size contradicts its header.
+        Exception: any other error of ``zipfile`` or numpy for a damaged zip.
     """
     with zipfile.ZipFile(stream) as archive:
         members = {info.filename: info for info in archive.infolist()}
@@ -53,7 +53,7 @@ def read_arrays(stream: IO[bytes], names: Sequence[str]) -> list[NDArray[Any]]:
 
 def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
     if member.compress_type not in _COMPRESSIONS:
-        raise MalformedError(f"{member.filename} is compressed in a way that numpy does not write")
+        raise MalformedError(f"{member.filename} uses a compression that numpy does not write")
     with archive.open(member) as stream:
         shape, fortran_order, dtype = _read_header(stream)
         if dtype.kind not in "iu":
@@ -75,4 +75,4 @@ def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any
         return np.lib.format.read_array_header_1_0(stream)
     if version == (2, 0):
         return np.lib.format.read_array_header_2_0(stream)
-    raise MalformedError(f"uses version {version} of the .npy format, which integers do not need")
+    raise MalformedError(f"uses version {version} of the .npy format, expected 1.0 or 2.0")

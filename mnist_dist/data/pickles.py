@@ -1,15 +1,14 @@
 """Read the classic ``mnist.pkl.gz`` without trusting it.
 
-A pickle is a program, and the usual reader runs it: ``os.system`` is one instruction away. Here it
-runs on a machine that cannot leave the room. Only the instructions which arrays in tuples need
-exist; a global is looked up in a table of five stand-ins, never imported; the stand-ins check sizes
-and types and only then let numpy look at the bytes, so nothing pickled reaches a constructor of
-numpy's own.
+A pickle is a program, and an ordinary unpickler runs it: ``os.system`` is one instruction away.
+This one is restricted: it has only the instructions that arrays in tuples need; globals are looked
+up in a table of stand-ins and never imported; the stand-ins check sizes and types before numpy
+reads the bytes, so that no pickled value reaches a constructor of numpy.
 
 The file holds ``((images, labels), (images, labels), (images, labels))``, train, validation and
 test; images are float32 (N, 784) of byte/256, labels int64 (N,). It was written by Python 2 for
-http://deeplearning.net/tutorial/gettingstarted.html. The instructions are those of
-``pickletools``; what numpy pickles is in ``numpy.ndarray.__reduce__`` and ``__reduce_ex__``.
+http://deeplearning.net/tutorial/gettingstarted.html. The instructions are described in
+``pickletools``, the pickles of numpy in ``numpy.ndarray.__reduce__`` and ``__reduce_ex__``.
 """
 
 import math
@@ -26,10 +25,10 @@ from mnist_dist.data.errors import MalformedError, printable
 from mnist_dist.data.splits import SPLIT_NAMES, Split, Splits, make_split
 from mnist_dist.data.streams import BoundedStream, open_unpacked
 
-# An honest file takes 200 to 440 reads. The cap bounds what a program can build from small parts.
-_MOST_READS = 4_000
-# Rows turned from floats to bytes at a time: enough to be quick, small beside the data itself.
-_ROWS_AT_ONCE = 4096
+# A valid file takes 200 to 440 reads. The limit bounds what a program can build from small parts.
+_MAX_READS = 4_000
+# Rows converted from floats to bytes at a time, to save memory.
+_ROWS_PER_CHUNK = 4096
 
 _NUMBERS = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")
 _BYTE_ORDERS = ("<", ">", "|")
@@ -49,8 +48,8 @@ def read(file: Path) -> Splits:
     """Read the three splits of a ``.pkl`` or ``.pkl.gz``, of any pickle protocol.
 
     Raises:
-        MalformedError: the pickle asks for anything but arrays, or they are not three splits.
-        Exception: whatever else a damaged file makes gzip or the pickle machine raise.
+        MalformedError: the pickle contains anything but arrays, or they are not three splits.
+        Exception: any other error of gzip or the unpickler for a damaged file.
     """
     with open_unpacked(file) as stream:
         content = _ArrayUnpickler(stream).load()
@@ -85,8 +84,8 @@ def _split(name: str, pixels: NDArray[Any], labels: NDArray[Any]) -> Split:
 
 def _to_bytes(name: str, pixels: NDArray[Any]) -> NDArray[np.uint8]:
     whole = np.empty(pixels.shape, np.uint8)
-    for start in range(0, len(pixels), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
+    for start in range(0, len(pixels), _ROWS_PER_CHUNK):
+        rows = slice(start, start + _ROWS_PER_CHUNK)
         with np.errstate(invalid="ignore", over="ignore"):
             scaled = pixels[rows] * 256
             whole[rows] = scaled
@@ -98,7 +97,7 @@ def _to_bytes(name: str, pixels: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 class _Dtype:
-    """Stands in for ``numpy.dtype``: a plain number, named by its code and its byte order."""
+    """Stand-in for ``numpy.dtype``: a type of number, by its code and byte order."""
 
     def __init__(self, code: object, *_align_and_copy: object) -> None:
         self._code = _text(code)
@@ -115,12 +114,12 @@ class _Dtype:
             raise MalformedError(f"holds an array of byte order {printable(self._order)}")
 
     def to_numpy(self) -> np.dtype[Any]:
-        """The dtype itself, made of two strings that were found in tables."""
+        """Return the dtype, built from two strings that were found in tables."""
         return np.dtype(self._order + self._code)
 
 
 class _Array:
-    """Stands in for ``numpy.ndarray``: empty when made, filled by the state that follows."""
+    """Stand-in for ``numpy.ndarray``: created empty, filled by the state that follows."""
 
     def __init__(self) -> None:
         self._values: NDArray[Any] | None = None
@@ -140,7 +139,7 @@ class _Array:
         self.fill(data, dtype, shape, "F" if is_fortran else "C")
 
     def fill(self, data: object, dtype: object, shape: object, order: object) -> None:
-        """Look at `data` as an array, once its size is found to be what shape and dtype ask for."""
+        """View `data` as an array, after its size was compared with shape and dtype."""
         if not isinstance(data, (bytes, bytearray)) or not isinstance(dtype, _Dtype):
             raise MalformedError("holds an array in a form that numpy does not write")
         if not isinstance(shape, tuple) or not all(type(n) is int and n > 0 for n in shape):
@@ -153,7 +152,7 @@ class _Array:
         )
 
 
-# What `numpy.ndarray` is to a pickle: only ever named, as the first argument of `_reconstruct`.
+# Pickles only name `numpy.ndarray`, as the first argument of `_reconstruct`.
 _NDARRAY = object()
 
 
@@ -193,8 +192,8 @@ def _permitted(every: Mapping[int, _Instruction]) -> _Instructions:
     return _Instructions({code: every[code] for code in _NAMES if _NAMES[code] in _INSTRUCTIONS})
 
 
-# The reader that the standard library keeps in Python beside the one in C. In C, one five-byte
-# instruction (LONG_BINPUT) makes it clear 64 GB for its memo, and its set of instructions is fixed.
+# The unpickler that the standard library has in Python. In the one in C, a five-byte instruction
+# (LONG_BINPUT) allocates 64 GB for the memo, and the set of instructions is fixed.
 _Machine = pickle._Unpickler
 
 
@@ -202,17 +201,17 @@ class _ArrayUnpickler(_Machine):
     """The standard unpickler, with the instructions and globals of pickled arrays only."""
 
     dispatch: ClassVar[dict[int, _Instruction]] = _permitted(_Machine.dispatch)
-    # What `load` sets up: the file, and the values at hand.
+    # Set by `load`: the file and the stack of values.
     read: Callable[[int], bytes]
     stack: list[Any]
 
     def __init__(self, stream: BoundedStream) -> None:
-        # With "bytes", the byte strings of Python 2 stay what they are; they hold the pixels.
-        super().__init__(_FewReads(stream), encoding="bytes")
+        # With "bytes", byte strings of Python 2, which hold the pixels, stay bytes.
+        super().__init__(_LimitedReads(stream), encoding="bytes")
         self._stream = stream
 
     def find_class(self, module: str, name: str) -> object:
-        """The stand-in for a global. Raises `MalformedError`, naming it, for all but a few."""
+        """Return the stand-in for a global. Raises `MalformedError` for any other global."""
         if (module, name) == ("_codecs", "encode"):
             return self._encode
         if (module, name) not in _STAND_INS:
@@ -220,22 +219,22 @@ class _ArrayUnpickler(_Machine):
         return _STAND_INS[module, name]
 
     def _encode(self, text: str, encoding: object) -> bytes:
-        """How Python 3 writes bytes below protocol 3. Counted: a program can call it at will."""
+        """Return bytes that Python 3 pickled as text (protocols 0 to 2), within the size limit."""
         if _text(encoding) != "latin1":
             raise MalformedError(f"is refused: bytes in the encoding {printable(encoding)}")
         self._stream.spend(len(text))
         return text.encode("latin1")
 
     def _skip_frame_header(self) -> None:
-        # Frames only help reading ahead; ignored, each instruction counts as a read.
+        # Frames only help to read ahead. Without them, each instruction counts as a read.
         self.read(8)
 
     def _load_bytearray8(self) -> None:
-        # The original makes room for whatever length is claimed, and clears it, before reading.
+        # The standard method allocates the claimed length before it reads.
         self.stack.append(self.read(int.from_bytes(self.read(8), "little")))
 
     def _load_build(self) -> None:
-        # The original would set any attribute of anything on the stack.
+        # The standard method would set any attribute of any object on the stack.
         state = self.stack.pop()
         if not isinstance(self.stack[-1], (_Array, _Dtype)):
             raise MalformedError("is refused: the pickle changes something else than an array")
@@ -246,12 +245,12 @@ class _ArrayUnpickler(_Machine):
     dispatch[pickle.BUILD[0]] = _load_build
 
 
-class _FewReads:
-    """A stream that gives out after `_MOST_READS` reads, one or two to an instruction."""
+class _LimitedReads:
+    """A stream limited to `_MAX_READS` reads; an instruction takes one or two."""
 
     def __init__(self, stream: BoundedStream) -> None:
         self._stream = stream
-        self._left = _MOST_READS
+        self._left = _MAX_READS
 
     def read(self, size: int) -> bytes:
         self._count()
@@ -268,5 +267,5 @@ class _FewReads:
 
 
 def _text(value: object) -> str:
-    """A name: str in a pickle of Python 3, bytes in one of Python 2."""
+    """Return a name, which is str in a pickle of Python 3 and bytes in one of Python 2."""
     return value.decode("latin1") if isinstance(value, bytes) else str(value)

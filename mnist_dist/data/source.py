@@ -1,4 +1,4 @@
-"""Find the data: in the cache, on disk, on the network, or at last in the package itself."""
+"""Find the data: in the cache, on disk, on the network, or in the package."""
 
 import os
 from collections.abc import Callable
@@ -6,19 +6,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from mnist_dist.data import cache, download, pickles, subset
-from mnist_dist.data.errors import DataError, blaming
-from mnist_dist.data.formats import recognise
-from mnist_dist.data.splits import GENUINE_MNIST, Dataset, assemble
+from mnist_dist.data import bundled, cache, download, pickles
+from mnist_dist.data.errors import DataError, naming_file
+from mnist_dist.data.formats import detect_format
+from mnist_dist.data.splits import MNIST_SHA256, Dataset, assemble
 
-# Where the original script looked, below the working directory.
+# Where the original script looked, relative to the working directory.
 LOCAL_FILE = Path("data/mnist/mnist.pkl.gz")
 MNIST_ENTRY = "mnist.pt"
 
 
 @dataclass(frozen=True)
-class Located:
-    """Where this host's processes find the data. Plain and picklable.
+class DataLocation:
+    """Where the processes of this node load the data from. Plain and picklable.
 
     ``cache_file`` is None for the bundled digits. ``warnings`` are for the user, once per job.
     """
@@ -28,8 +28,8 @@ class Located:
     warnings: tuple[str, ...] = ()
 
 
-def locate(data: str, cache_dir: str | Path | None) -> Located:
-    """Find the data and see that it lies in the cache. To be called by one process per host.
+def find_data(data: str, cache_dir: str | Path | None) -> DataLocation:
+    """Find the data and make sure that it is in the cache. Call it on one process per node.
 
     Args:
         data: ``auto`` (the cache, else ``data/mnist/mnist.pkl.gz``, else one download, else the
@@ -37,102 +37,102 @@ def locate(data: str, cache_dir: str | Path | None) -> Located:
         cache_dir: None for MNIST_DIST_CACHE, else the user's cache directory.
 
     Raises:
-        DataError: `data` is a path and cannot be used, or the cache's lock is never released.
+        DataError: `data` is a path and cannot be used, or the lock of the cache is never released.
     """
     if data == "bundled":
-        return _bundled()
+        return _use_bundled()
     directory = cache.directory(cache_dir)
     if data == "auto":
-        return _once(directory / MNIST_ENTRY, partial(_obtain, directory))
-    source = recognise(Path(data))
+        return _find_or_create(directory / MNIST_ENTRY, partial(_get_mnist, directory))
+    source = detect_format(Path(data))
     entry = directory / source.cache_entry()
-    return _once(entry, lambda place: _keep(source.read(), place, entry))
+    return _find_or_create(entry, lambda target: _write(source.read(), target, entry))
 
 
-def load(located: Located) -> Dataset:
-    """Open what `locate` found. Quick, and every process of the host shares one copy in memory.
+def load(location: DataLocation) -> Dataset:
+    """Open the data; all processes of a node share one copy in memory.
 
     Raises:
-        DataError: the cache entry has been damaged or removed since.
+        DataError: the cache entry was damaged or removed after `find_data`.
     """
-    return subset.load() if located.cache_file is None else cache.read(located.cache_file)
+    return bundled.load() if location.cache_file is None else cache.read(location.cache_file)
 
 
-def _once(entry: Path, make: Callable[[cache.Place], Located]) -> Located:
+def _find_or_create(entry: Path, create: Callable[[cache.CacheDir], DataLocation]) -> DataLocation:
     if found := _cached(entry):
         return found
-    with cache.exclusive(entry) as place:
-        # Whoever held the lock before may have made it.
-        return _cached(entry) or make(place)
+    with cache.exclusive(entry) as target:
+        # The previous holder of the lock may have created it.
+        return _cached(entry) or create(target)
 
 
-def _cached(entry: Path) -> Located | None:
+def _cached(entry: Path) -> DataLocation | None:
     try:
         cache.verify(entry)
-        return Located(entry, cache.read(entry).description)
+        return DataLocation(entry, cache.read(entry).description)
     except DataError:
         return None
 
 
-def _keep(dataset: Dataset, place: cache.Place, entry: Path) -> Located:
-    """Write `dataset` as `entry` in `place`, or where that fails (a full disk) in a private one."""
+def _write(dataset: Dataset, target: cache.CacheDir, entry: Path) -> DataLocation:
+    """Write `dataset` as `entry` to `target`, or to a private directory if that fails."""
     try:
-        kept = place.directory / entry.name
+        kept = target.directory / entry.name
         cache.write(kept, dataset)
     except OSError as error:
-        place = cache.private_place(place.directory, error)
-        kept = place.directory / entry.name
-        with blaming(kept, cache.REMEDY):
+        target = cache.private_dir(target.directory, error)
+        kept = target.directory / entry.name
+        with naming_file(kept, cache.REMEDY):
             cache.write(kept, dataset)
-    return Located(kept, dataset.description, place.warnings)
+    return DataLocation(kept, dataset.description, target.warnings)
 
 
-def _obtain(directory: Path, place: cache.Place) -> Located:
-    """MNIST where `directory` has none yet; an error here is a reason to try the next source."""
+def _get_mnist(directory: Path, target: cache.CacheDir) -> DataLocation:
+    """Get MNIST from the first source that works."""
     try:
-        return _take_local_file(directory, place)
+        return _take_local_file(directory, target)
     except DataError as error:
         local_error = error
     try:
-        found = _download(place)
+        found = _download(target)
     except DataError as network_error:
-        return _bundled(_last_resort(local_error, network_error))
+        return _use_bundled(_fallback_warning(local_error, network_error))
     if LOCAL_FILE.exists():
         found = replace(found, warnings=(*found.warnings, f"not used: {local_error}"))
     return found
 
 
-def _take_local_file(directory: Path, place: cache.Place) -> Located:
-    source = recognise(LOCAL_FILE)
+def _take_local_file(directory: Path, target: cache.CacheDir) -> DataLocation:
+    source = detect_format(LOCAL_FILE)
     own_entry = directory / source.cache_entry()
     if found := _cached(own_entry):
         return found
     dataset = source.read()
-    # Only the genuine set may answer to a later run's "auto" in another directory.
-    genuine = dataset.fingerprint == GENUINE_MNIST
-    return _keep(dataset, place, directory / MNIST_ENTRY if genuine else own_entry)
+    # Runs in other directories must find only genuine MNIST under --data auto.
+    genuine = dataset.fingerprint == MNIST_SHA256
+    return _write(dataset, target, directory / MNIST_ENTRY if genuine else own_entry)
 
 
-def _download(place: cache.Place) -> Located:
+def _download(target: cache.CacheDir) -> DataLocation:
     url = os.environ.get("MNIST_DIST_URL") or download.URL
-    entry = place.directory / MNIST_ENTRY
+    entry = target.directory / MNIST_ENTRY
     with cache.temporary_file(entry) as file:
         download.fetch(url, file)
-        with blaming(url, download.REMEDY):
+        with naming_file(url, download.REMEDY):
             dataset = assemble(pickles.read(file), url)
-    # By content: the bytes of a gzip differ between mirrors that serve the same data.
-    if dataset.fingerprint != GENUINE_MNIST:
+    # Compared by content: gzip files of the same data differ between mirrors.
+    if dataset.fingerprint != MNIST_SHA256:
         raise DataError(f"{url}: serves another data set than MNIST", download.REMEDY)
-    return _keep(dataset, place, entry)
+    return _write(dataset, target, entry)
 
 
-def _bundled(*warnings: str) -> Located:
-    return Located(None, subset.DESCRIPTION, warnings)
+def _use_bundled(*warnings: str) -> DataLocation:
+    return DataLocation(None, bundled.DESCRIPTION, warnings)
 
 
-def _last_resort(local: DataError, network: DataError) -> str:
+def _fallback_warning(local: DataError, network: DataError) -> str:
     return (
-        f"using the {subset.DESCRIPTION}, since full MNIST was not found "
+        f"using the {bundled.DESCRIPTION}, since full MNIST was not found "
         f"({local.problem}; {network.problem}); for all of it give --data a mnist.pkl.gz, a "
         f"mnist.npz or a directory of IDX files, or {network.remedy}"
     )

@@ -1,4 +1,4 @@
-"""The canonical form of the data: three splits of byte images, whatever file they came from."""
+"""The canonical form of the data: three splits of uint8 images, from any file format."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,22 +12,19 @@ from torch import Tensor
 from torch.utils import data as torch_data
 
 from mnist_dist.data.errors import DataError, MalformedError, one_line
+from mnist_dist.dimensions import IMAGE_PIXELS, IMAGE_SIDE, NUM_CLASSES
 
-SIDE = 28
-PIXELS = SIDE * SIDE
-CLASSES = 10
 SPLIT_NAMES = ("train", "validation", "test")
 
-# Of the 50,000 / 10,000 / 10,000 split of the IDX files whose SHA-256 are widely published.
-GENUINE_MNIST = "d9a97ebadde1a3d5a7cd04cba890aa9aa7ca5ab3349340a725bc273a05612698"
+# `fingerprint` of MNIST, split 50,000 / 10,000 / 10,000.
+MNIST_SHA256 = "d9a97ebadde1a3d5a7cd04cba890aa9aa7ca5ab3349340a725bc273a05612698"
 
 
 @dataclass(frozen=True, eq=False)
 class Split(torch_data.Dataset[tuple[Tensor, Tensor]]):
     """Samples in the order of their source.
 
-    ``images`` is (N, 784) uint8, rows of 28 pixels one after another; ``labels`` is (N,) int64,
-    0 to 9. N is at least 1.
+    ``images`` is (N, 784) uint8, row by row; ``labels`` is (N,) int64, 0 to 9. N is at least 1.
     """
 
     images: Tensor
@@ -46,7 +43,7 @@ Arrays: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Three splits, a line for people, and what makes two runs comparable.
+    """Three splits, their description, and their fingerprint.
 
     ``fingerprint`` is the SHA-256 (hex) of the splits as bytes, with their shapes: equal for the
     same data in every source format.
@@ -64,17 +61,17 @@ class Dataset:
         return self.train, self.validation, self.test
 
     def to(self, device: torch.device) -> "Dataset":
-        """This data set with its tensors on `device`; nothing is copied if they are there."""
+        """Return this data set with its tensors on `device`."""
         train, validation, test = (
             Split(split.images.to(device), split.labels.to(device)) for split in self.splits
         )
         return replace(self, train=train, validation=validation, test=test)
 
     def first_training_samples(self, count: int) -> "Dataset":
-        """This data set with the first `count` training samples only; no pixel is copied.
+        """Return this data set with the first `count` training samples only, without a copy.
 
-        The new fingerprint is derived from the old one and `count`, not from the pixels, so that a
-        rank which asks for 100 samples need not read 50,000.
+        The new fingerprint is derived from the old one and `count`, not from the pixels, so that
+        100 samples do not require reading 50,000.
 
         Raises:
             DataError: `count` is not between 1 and the size of the training split.
@@ -96,18 +93,18 @@ class Dataset:
 
 
 def assemble(splits: Splits, source: str) -> Dataset:
-    """Name and fingerprint three splits that were read from `source`."""
+    """Describe and fingerprint three splits that were read from `source`."""
     digest = fingerprint(splits)
-    name = "MNIST" if digest == GENUINE_MNIST else "Dataset"
+    name = "MNIST" if digest == MNIST_SHA256 else "Dataset"
     sizes = " / ".join(f"{len(split):,}" for split in splits)
     return Dataset(*splits, f"{name}, {sizes} from {one_line(source)}", digest)
 
 
 def make_split(name: str, images: NDArray[Any], labels: NDArray[Any]) -> Split:
-    """Check one split and put it into canonical form, in memory of its own.
+    """Check one split and copy it into canonical form.
 
     Args:
-        name: what to call the split in an error, such as ``train``.
+        name: the split's name in errors, such as ``train``.
         images: (N, 28, 28) or (N, 784) uint8.
         labels: (N,) of any integer type.
 
@@ -118,14 +115,14 @@ def make_split(name: str, images: NDArray[Any], labels: NDArray[Any]) -> Split:
     _check_labels(name, labels)
     if len(images) != len(labels):
         raise MalformedError(f"{name} has {len(images):,} images but {len(labels):,} labels")
-    pixels = np.array(images, order="C").reshape(len(images), PIXELS)
+    pixels = np.array(images, order="C").reshape(len(images), IMAGE_PIXELS)
     return Split(torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)))
 
 
 def hold_out_validation(train: Arrays, test: Arrays) -> Splits:
-    """Three splits from a source with two: the last sixth of `train` becomes validation.
+    """Make three splits of two: the last sixth of `train` becomes validation.
 
-    So 60,000 training samples become 50,000 and 10,000, the classic split.
+    60,000 training samples become 50,000 and 10,000, the usual split.
 
     Raises:
         MalformedError: as `make_split`, or `train` has fewer than six samples.
@@ -133,7 +130,7 @@ def hold_out_validation(train: Arrays, test: Arrays) -> Splits:
     whole = make_split("train", *train)
     kept = len(whole) - len(whole) // 6
     if kept == len(whole):
-        raise MalformedError(f"train has {len(whole)} samples, too few to hold out a sixth of them")
+        raise MalformedError(f"train has {len(whole)} samples, too few to hold out a sixth")
     return (
         Split(whole.images[:kept], whole.labels[:kept]),
         Split(whole.images[kept:], whole.labels[kept:]),
@@ -143,7 +140,7 @@ def hold_out_validation(train: Arrays, test: Arrays) -> Splits:
 
 def check_image_shape(name: str, shape: tuple[int, ...]) -> None:
     """Raise `MalformedError` unless `shape` is (N, 28, 28) or (N, 784) with N of at least 1."""
-    if shape[1:] not in ((SIDE, SIDE), (PIXELS,)):
+    if shape[1:] not in ((IMAGE_SIDE, IMAGE_SIDE), (IMAGE_PIXELS,)):
         raise MalformedError(f"{name} images have shape {shape}, not (N, 28, 28) or (N, 784)")
     if shape[0] == 0:
         raise MalformedError(f"{name} has no samples")
@@ -158,12 +155,12 @@ def _check_images(name: str, images: NDArray[Any]) -> None:
 def _check_labels(name: str, labels: NDArray[Any]) -> None:
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise MalformedError(f"{name} labels are {labels.dtype} {labels.shape}, not integers (N,)")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < CLASSES:
+    if len(labels) and not 0 <= labels.min() <= labels.max() < NUM_CLASSES:
         raise MalformedError(f"{name} labels run from {labels.min()} to {labels.max()}, not 0 to 9")
 
 
 def fingerprint(splits: Splits) -> str:
-    """SHA-256 (hex) of the canonical bytes: per split the images, then the labels as uint8."""
+    """Return the SHA-256 (hex) of the canonical bytes: for each split images, then uint8 labels."""
     digest = hashlib.sha256()
     for name, array in _canonical_arrays(splits):
         digest.update(f"{name} {array.shape}\n".encode())

@@ -1,4 +1,4 @@
-"""Files read with a limit, so that nothing in them decides how much memory is taken."""
+"""Streams with a size limit, so that a file cannot decide how much memory is used."""
 
 import gzip
 from collections.abc import Iterator
@@ -8,15 +8,15 @@ from typing import IO
 
 from mnist_dist.data.errors import MalformedError
 
-# The largest honest file is the pickle, 220 MB of float32 once unpacked.
+# The largest valid file is the pickle, 220 MB of float32 once unpacked.
 LIMIT = 1 << 30
 
 
 class BoundedStream:
-    """A binary stream with at most `LIMIT` bytes to give.
+    """A binary stream of at most `LIMIT` bytes.
 
-    A request for more than is left is refused before anything is allocated: a gzip bomb, or a
-    header that claims terabytes, costs nothing.
+    A request for more than is left is refused before memory is allocated: neither a gzip bomb nor
+    a header that claims terabytes costs anything.
     """
 
     def __init__(self, stream: IO[bytes] | gzip.GzipFile) -> None:
@@ -35,13 +35,13 @@ class BoundedStream:
         return line
 
     def spend(self, size: int) -> None:
-        """Count `size` bytes against the limit. Raises `MalformedError` when they exceed it."""
+        """Count `size` bytes against the limit. Raises `MalformedError` beyond it."""
         if not 0 <= size <= self._left:
             raise MalformedError(f"asks for more than the {LIMIT:,} bytes that any data set needs")
         self._left -= size
 
     def read_exactly(self, size: int) -> bytes:
-        """Just `size` bytes. Raises `MalformedError` when the stream ends before."""
+        """Exactly `size` bytes. Raises `MalformedError` if the stream ends earlier."""
         data = self.read(size)
         if len(data) < size:
             raise MalformedError(f"is cut short: {size:,} bytes expected, {len(data):,} left")
@@ -50,7 +50,7 @@ class BoundedStream:
     def expect_end(self) -> None:
         """Raise `MalformedError` if anything is left.
 
-        Also what makes gzip and zip compare their checksums, which they do only at the end.
+        Reading to the end also makes gzip and zip compare their checksums.
         """
         if self._stream.read(1):
             raise MalformedError("goes on after the end of its data")
@@ -58,7 +58,7 @@ class BoundedStream:
 
 @contextmanager
 def open_unpacked(file: Path) -> Iterator[BoundedStream]:
-    """Open `file` for reading, through gzip where its first bytes say so (RFC 1952)."""
+    """Open `file` for reading, through gzip if it starts with its magic number (RFC 1952)."""
     with file.open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mnist_dist.dimensions import IMAGE_PIXELS
 from mnist_dist.distributed.shared_memory import SharedMemoryAllReduce, connect_shared_memory
 from mnist_dist.distributed.world import World
 from mnist_dist.errors import UserError
@@ -100,7 +101,7 @@ def compile_or_explain(model: nn.Module, world: World) -> tuple[nn.Module, str]:
     """
     try:
         compiled: nn.Module = torch.compile(model, dynamic=True)  # type: ignore[assignment]
-        compiled(torch.zeros(8, 784, device=world.device)).sum().backward()
+        compiled(torch.zeros(8, IMAGE_PIXELS, device=world.device)).sum().backward()
         failure = None
     except Exception as error:  # whatever a missing or failing compiler makes torch raise
         failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mnist_dist.atomic import write_atomically
+from mnist_dist.dimensions import IMAGE_PIXELS, IMAGE_SIDE
 
 if TYPE_CHECKING:
     from mnist_dist.run.tensorboard import RunSummaryWriter
@@ -180,7 +181,9 @@ def _add_plots(writer: "RunSummaryWriter", plots: EpochPlots, step: int) -> None
 
     writer.add_drawing(f"{plots.split}/confusion", confusion_matrix(plots.confusion), step)
     if plots.errors:
-        digits = [(image.view(28, 28).numpy(), caption) for image, caption in plots.errors]
+        digits = [
+            (image.view(IMAGE_SIDE, IMAGE_SIDE).numpy(), caption) for image, caption in plots.errors
+        ]
         writer.add_drawing(f"{plots.split}/most_confident_errors", captioned_digits(digits), step)
     if plots.model is None:
         return
@@ -193,8 +196,8 @@ def _add_plots(writer: "RunSummaryWriter", plots: EpochPlots, step: int) -> None
 
 def _as_tiles(weight: Tensor) -> Tensor | None:
     """Return a first layer's weights as (n, height, width); None if they are no images."""
-    if weight.ndim == 2 and weight.shape[1] == 28 * 28:
-        return weight.view(-1, 28, 28)
+    if weight.ndim == 2 and weight.shape[1] == IMAGE_PIXELS:
+        return weight.view(-1, IMAGE_SIDE, IMAGE_SIDE)
     return weight[:, 0] if weight.ndim == 4 and weight.shape[1] == 1 else None
 
 

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_dist.distributed.world import World, as_bytes, as_numbers
 from mnist_dist.errors import UserError
-from mnist_dist.model import difference
+from mnist_dist.model import state_dict_mismatch
 
 FORMAT = 1
 _DIGEST = 32  # bytes of a SHA-256
@@ -161,7 +161,7 @@ class TrainState:
             UserError: `saved` is from a run with other results.
         """
         self._check_same_run(saved)
-        if fault := difference(saved["model"], self.model):
+        if fault := state_dict_mismatch(saved["model"], self.model):
             raise UserError(
                 f"--run-dir: its checkpoint holds another model than {type(self.model).__name__}: "
                 f"{fault}; give another --run-dir"

@@ -14,12 +14,12 @@ from torch import Tensor
 import mnist_dist
 from mnist_dist.__main__ import main
 from mnist_dist.commands import export as export_command
-from mnist_dist.data import load, locate
+from mnist_dist.data import find_data, load
 from mnist_dist.errors import JobError
 
 
 def batch(size: int) -> Tensor:
-    return load(locate("bundled", None)).validation.images[:size].float() / 256
+    return load(find_data("bundled", None)).validation.images[:size].float() / 256
 
 
 def assert_agrees(logits: Tensor, images: Tensor, trained: Path) -> None:

@@ -18,15 +18,15 @@ from processes import command
 
 import mnist_dist
 from mnist_dist.__main__ import main
-from mnist_dist.commands import preprocessing as handwriting
-from mnist_dist.data import Split, load, locate
+from mnist_dist.commands import preprocessing
+from mnist_dist.data import Split, find_data, load
 
 Edit = Callable[[Image.Image], Image.Image]
 
 
 @pytest.fixture(scope="module")
 def digits() -> Split:
-    return load(locate("bundled", None)).test
+    return load(find_data("bundled", None)).test
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_large_off_centre_digits_on_white_are_read_as_the_original_ones_are(
 def test_with_full_mnist_at_least_95_of_the_first_100_test_digits_are_right(
     trained_on_all: Path, full_mnist: Path, tmp_path: Path
 ) -> None:
-    test = load(locate(str(full_mnist), None)).test
+    test = load(find_data(str(full_mnist), None)).test
     labels = write_pictures(test, range(100), tmp_path / "pictures")
     found = mnist_dist.predict(trained_on_all, [tmp_path / "pictures"])
     assert sum(one.digit == label for one, label in zip(found, labels, strict=True)) >= 95
@@ -88,14 +88,14 @@ def test_a_picture_in_mnists_own_form_is_taken_as_it_is(digits: Split, tmp_path:
     for index in range(500):
         pixels = digits.images[index].numpy().reshape(28, 28)
         Image.fromarray(pixels).save(tmp_path / "own.png")
-        assert torch.equal(mnist_dist.prepare(tmp_path / "own.png"), digits.images[index])
+        assert torch.equal(mnist_dist.preprocess_image(tmp_path / "own.png"), digits.images[index])
 
 
 def test_the_digit_fills_20_pixels_around_its_centre_of_mass(digits: Split, tmp_path: Path) -> None:
     """The statement of MNIST's authors, which holds for their own files too."""
     write_pictures(digits, range(40), tmp_path / "pictures", seed=3)
     for file in (tmp_path / "pictures").iterdir():
-        field = mnist_dist.prepare(file).reshape(28, 28).double()
+        field = mnist_dist.preprocess_image(file).reshape(28, 28).double()
         rows, columns = (field.sum(axis).nonzero().flatten() for axis in (1, 0))
         sides = [int(line.max() - line.min()) + 1 for line in (rows, columns)]
         assert max(sides) in (19, 20)  # the outermost pixel of a round digit may be black
@@ -193,8 +193,8 @@ def test_jpegs_of_every_mode_give_nearly_the_same_field(
     page = one_picture(digits, 5)
     page.save(tmp_path / "page.png")
     page.convert(mode).save(tmp_path / "page.jpg", quality=95)
-    expected = mnist_dist.prepare(tmp_path / "page.png").int()
-    apart = (mnist_dist.prepare(tmp_path / "page.jpg").int() - expected).abs().float()
+    expected = mnist_dist.preprocess_image(tmp_path / "page.png").int()
+    apart = (mnist_dist.preprocess_image(tmp_path / "page.jpg").int() - expected).abs().float()
     assert apart.mean() < 3
 
 
@@ -215,8 +215,8 @@ def test_a_picture_that_a_camera_stored_turned_is_turned_upright(
     exif = Image.Exif()
     exif[0x0112] = orientation
     page.transpose(stored).save(tmp_path / f"turned.{suffix}", exif=exif)
-    upright = mnist_dist.prepare(tmp_path / f"upright.{suffix}").int()
-    turned = mnist_dist.prepare(tmp_path / f"turned.{suffix}").int()
+    upright = mnist_dist.preprocess_image(tmp_path / f"upright.{suffix}").int()
+    turned = mnist_dist.preprocess_image(tmp_path / f"turned.{suffix}").int()
     assert (upright - turned).abs().float().mean() < 3
 
 
@@ -240,6 +240,7 @@ def encoded(image: Image.Image, format: str) -> bytes:
 
 BLANK = Image.new("L", (300, 200), 240)
 GRAIN = Image.fromarray(np.random.default_rng(0).integers(230, 245, (300, 200), dtype=np.uint8))
+PAGE = one_picture(load(find_data("bundled", None)).test)
 BAD: dict[str, tuple[bytes | None, str]] = {
     "missing.png": (None, "no such file"),
     "text.png": (b"I am no picture", "no PNG or JPEG"),
@@ -247,8 +248,8 @@ BAD: dict[str, tuple[bytes | None, str]] = {
     "picture.gif": (encoded(BLANK, "GIF"), "no PNG or JPEG"),
     "gif-in-disguise.png": (encoded(BLANK, "GIF"), "no PNG or JPEG"),
     "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no PNG or JPEG"),
-    "cut.png": (encoded(one_picture(load(locate("bundled", None)).test), "PNG")[:2000], "damaged"),
-    "cut.jpg": (encoded(one_picture(load(locate("bundled", None)).test), "JPEG")[:2000], "damaged"),
+    "cut.png": (encoded(PAGE, "PNG")[:2000], "damaged"),
+    "cut.jpg": (encoded(PAGE, "JPEG")[:2000], "damaged"),
     "blank.png": (encoded(BLANK, "PNG"), "blank"),
     "black.png": (encoded(Image.new("L", (28, 28)), "PNG"), "blank"),
     "one-pixel.png": (encoded(Image.new("L", (1, 1)), "PNG"), "blank"),
@@ -322,6 +323,6 @@ def test_a_jpeg_from_a_large_camera_is_decoded_at_a_smaller_size(
     page.save(tmp_path / "page.jpg")
     page.resize((9_000, 6_750)).save(tmp_path / "large.jpg")
     small, large = mnist_dist.predict(model, [tmp_path / "page.jpg", tmp_path / "large.jpg"])
-    assert handwriting._MOST_PIXELS < 9_000 * 6_750
+    assert preprocessing._MAX_PIXELS < 9_000 * 6_750
     assert large.digit == small.digit
     assert large.probabilities == pytest.approx(small.probabilities, abs=0.05)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from processes import completed_run, metrics
 from torch.utils.data import DistributedSampler
 
-from mnist_dist.data import Split, load, locate
+from mnist_dist.data import Split, find_data, load
 from mnist_dist.model import MLP
 
 WORLD_SIZES = (1, 2, 3, 4, 7)
@@ -85,7 +85,7 @@ def test_one_process_equals_a_plain_loop(
 ) -> None:
     flags = ["--data=bundled", f"--train-samples={samples}", f"--global-batch-size={batch_size}"]
     run = completed_run(tmp_path, 1, *flags, "--epochs=3", "--lr=0.05", "--seed=5")
-    split = load(locate("bundled", None)).first_training_samples(samples).train
+    split = load(find_data("bundled", None)).first_training_samples(samples).train
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the job's processes have in these tests
     weights, epoch_losses = plain_loop(split, batch_size, epochs=3, lr=0.05, seed=5)

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from mnist_dist.config import TrainConfig
-from mnist_dist.data import load, locate
+from mnist_dist.data import find_data, load
 
 SMALL = ["--data=bundled", "--train-samples=400", "--lr=0.05"]
 EPOCH_TAGS = {"train/loss", "train/gradient_norm", "val/loss", "val/accuracy", "lr"}
@@ -125,7 +125,7 @@ def test_best_loads_into_the_original_class_and_has_the_reported_accuracy(finish
     saved = torch.load(finished / "checkpoints" / "best.pt", weights_only=True)
     model = Original()
     model.load_state_dict(saved["model"], strict=True)
-    test = load(locate("bundled", None)).test
+    test = load(find_data("bundled", None)).test
     right = model(test.images.float() / 256).argmax(1) == test.labels
     assert right.double().mean().item() == pytest.approx(metrics(finished)[-1]["test/accuracy"])
     best = min(metrics(finished)[:-1], key=lambda r: r["val/loss"])

@@ -55,25 +55,25 @@ def cut_back(whole: Path, run: Path, step: int) -> None:
     (run / "status.json").write_text(json.dumps({**status, "status": "running"}))
 
 
-@pytest.mark.parametrize("backward", ["auto", "autograd"])
+@pytest.mark.parametrize("step", ["ddp", "manual"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_resume_at_every_step_ends_in_the_same_bits(
-    world_size: int, backward: str, tmp_path: Path
+    world_size: int, step: str, tmp_path: Path
 ) -> None:
-    way = f"--backward={backward}"
+    way = f"--step={step}"
     saving = ["--checkpoint-every-steps=1", "--keep-checkpoints=100"]
     whole = completed_run(tmp_path, world_size, *SMALL, *RECIPE, *saving, way)
     expected = torch.load(whole / "checkpoints" / f"step_{STEPS:08d}.pt", weights_only=True)
-    for step in range(1, STEPS + 1):
-        run = tmp_path / f"cut-{step}"
-        cut_back(whole, run, step)
+    for done in range(1, STEPS + 1):
+        run = tmp_path / f"cut-{done}"
+        cut_back(whole, run, done)
         flags = [f"--run-dir={run}", *SMALL, *RECIPE, "--keep-checkpoints=100", way]
         first = run_job(tmp_path, world_size, *flags)[0]
         assert first.code == 0, first.err
-        assert f"resume at step {step}, " in first.out
+        assert f"resume at step {done}, " in first.out
         final = torch.load(run / "checkpoints" / f"step_{STEPS:08d}.pt", weights_only=True)
-        assert_equal(final, expected, f"after step {step}")
-        assert comparable(run) == comparable(whole), step
+        assert_equal(final, expected, f"after step {done}")
+        assert comparable(run) == comparable(whole), done
 
 
 def write_numbered_digits(file: Path, count: int) -> None:
@@ -198,7 +198,6 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_silently_begun_anew(tmp_
 def test_checkpoints_are_also_made_by_the_clock(tmp_path: Path) -> None:
     """Every 0.3 s, in an epoch of slow steps: two processes meet once a second."""
     flags = ["--data=bundled", "--global-batch-size=1", "--epochs=1", "--keep-checkpoints=100"]
-    flags += ["--backward=autograd"]
     run = completed_run(tmp_path, 2, *flags, "--checkpoint-every-minutes=0.005")
     steps = [int(p.stem[5:]) for p in (run / "checkpoints").glob("step_*.pt")]
     assert max(steps) == 4000

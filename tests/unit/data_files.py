@@ -24,7 +24,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mnist_dist.data import Dataset, load, locate
+from mnist_dist.data import Dataset, find_data, load
 
 REPOSITORY = Path(__file__).parents[2]
 CLOSED_PORT = "http://127.0.0.1:9/mnist.pkl.gz"
@@ -191,7 +191,7 @@ WRITERS: dict[str, Writer] = {
 
 def read(data: str | Path, cache_dir: Path | None = None) -> Dataset:
     """Through the public door, as the job does it."""
-    return load(locate(str(data), cache_dir))
+    return load(find_data(str(data), cache_dir))
 
 
 def assert_holds(dataset: Dataset, made: Digits) -> None:
@@ -252,12 +252,12 @@ def logged(entry, dataset, write=cache.write):
 cache.write = logged
 print("ready", flush=True)
 sys.stdin.readline()
-print(data.load(data.locate(sys.argv[1], None)).fingerprint, flush=True)
+print(data.load(data.find_data(sys.argv[1], None)).fingerprint, flush=True)
 """
 
 
 def race(count: int, data: str | Path, log: Path) -> list[str]:
-    """Let `count` new processes locate `data` at the same moment; returns their fingerprints.
+    """Let `count` new processes find `data` at the same time; returns their fingerprints.
 
     Each conversion adds a line to `log`.
     """

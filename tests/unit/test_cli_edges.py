@@ -9,14 +9,14 @@ import pytest
 import torch
 from processes import ROOT, command, completed_run, run_job
 
-from mnist_dist.data import load, locate
+from mnist_dist.data import find_data, load
 
 SCRIPT = str(ROOT / "train_ddp.py")
 SMALL = ["--data=bundled", "--train-samples=300", "--epochs=3"]
 
 
 def test_the_first_bundled_samples_hold_every_digit() -> None:
-    for split in (locate("bundled", None), locate("bundled", None)):
+    for split in (find_data("bundled", None), find_data("bundled", None)):
         labels = load(split).first_training_samples(30).train.labels
         assert torch.bincount(labels, minlength=10).tolist() == [3] * 10
 
@@ -68,9 +68,9 @@ def test_a_run_without_its_checkpoints_is_not_begun_anew(
     run = completed_run(tmp_path, 1, *SMALL)
     for path in (run / "checkpoints").glob("step_*"):
         path.unlink()
-    told = run / "status.json"
-    told.write_text(told.read_text().replace("completed", status) if status else "{")
-    kept = [run / "checkpoints" / "best.pt", run / "metrics.jsonl", told]
+    file = run / "status.json"
+    file.write_text(file.read_text().replace("completed", status) if status else "{")
+    kept = [run / "checkpoints" / "best.pt", run / "metrics.jsonl", file]
     before = [path.read_bytes() for path in kept]
     (ended,) = run_job(tmp_path, 1, f"--run-dir={run}", *SMALL)
     assert ended.code == 2
@@ -93,13 +93,13 @@ def test_a_cache_whose_bytes_changed_is_made_anew(tmp_path: Path) -> None:
     from data_files import digits, write_npz
 
     source = write_npz(tmp_path / "mnist.npz", digits(train=600, test=20))
-    first = locate(str(source), tmp_path / "cache")
+    first = find_data(str(source), tmp_path / "cache")
     images = load(first).train.images.clone()
     assert first.cache_file is not None
     content = np.fromfile(first.cache_file, dtype=np.uint8)
     content[len(content) // 2] ^= 1
     content.tofile(first.cache_file)
-    again = load(locate(str(source), tmp_path / "cache"))
+    again = load(find_data(str(source), tmp_path / "cache"))
     assert torch.equal(again.train.images, images)
 
 

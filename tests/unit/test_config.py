@@ -1,5 +1,6 @@
 """Flags, recipes and config files; every mistake is one line that names the flag."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
+from mnist_dist.commands.doctor.config import DoctorConfig
+from mnist_dist.commands.evaluate import EvaluateConfig
 from mnist_dist.config import RECIPES, TrainConfig, parse_config
 from mnist_dist.errors import UserError
 
@@ -37,8 +40,37 @@ def test_a_saved_config_can_be_given_back_and_flags_win_over_it(tmp_path: Path) 
     assert again.run_dir is None
     changed = parse_config([f"--config={file}", "--lr=0.25", "--train-samples=7"])
     assert (changed.lr, changed.train_samples, changed.momentum) == (0.25, 7, first.momentum)
+    assert parse_config([f"--config={file}", "--train-samples=None"]).train_samples is None
     baseline = parse_config([f"--config={file}", "--recipe=baseline"])
     assert (baseline.lr, baseline.momentum) == (0.001, 0.0)
+
+
+def test_a_recipe_in_a_config_file_yields_to_the_files_own_values(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"recipe": "tuned", "lr": 1}')
+    config = parse_config([f"--config={file}"])
+    assert config == dataclasses.replace(
+        TrainConfig(**RECIPES["tuned"]), recipe="tuned", lr=1.0, config=str(file)
+    )
+    assert isinstance(config.lr, float)
+
+
+@pytest.mark.parametrize("backward", ["auto", "autograd"])
+def test_backward_in_an_old_config_file_means_the_default_step(
+    backward: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"backward": backward, "cuda_graphs": "auto", "lr": 0.5}))
+    config = parse_config([f"--config={file}"])
+    assert (config.step, config.lr) == ("ddp", 0.5)
+    assert "backward" not in config.to_json()
+    assert parse_config([f"--config={file}", "--step=manual"]).step == "manual"
+
+
+def test_flags_may_be_written_with_underscores() -> None:
+    config = parse_config(["--run_dir", "a_b", "--global_batch_size=7", "--no-profile"])
+    assert (config.run_dir, config.global_batch_size, config.profile) == ("a_b", 7, False)
+    assert parse_config(["--profile"]).profile
 
 
 @pytest.mark.parametrize(
@@ -67,6 +99,11 @@ def test_a_saved_config_can_be_given_back_and_flags_win_over_it(tmp_path: Path) 
         (["--sched", "onecycle"], ["--sched", "perhaps you meant --schedule"]),
         (["--epoch", "5"], ["--epoch 5;", "perhaps you meant --epochs;"]),
         (["--datta=x", "--epohs=4"], ["--datta=x", "perhaps you meant --data, --epochs;"]),
+        (["--run_dirr=x"], ["--run_dirr=x", "perhaps you meant --run-dir;"]),
+        (["--backward=autograd"], ["--backward", "--step ddp"]),
+        (["--backward", "auto"], ["--backward", "--step ddp"]),
+        (["--step=fast"], ["--step", "fast", "manual"]),
+        (["--profile=yes"], ["--profile", "yes"]),
         (["--quick"], ["--quick; --help"]),
         (["stray"], ["stray"]),
         (["--config=/nowhere/c.json"], ["--config", "/nowhere/c.json", "No such file"]),
@@ -88,9 +125,20 @@ def test_a_bad_flag_is_one_line_that_names_it(argv: list[str], names: list[str])
         ("[1]", ["not a JSON object"]),
         ('{"lrr": 1}', ["'lrr'"]),
         ('{"run_dir": "x"}', ["'run_dir'"]),
-        ('{"lr": "quick"}', ["--lr", "quick"]),
+        ('{"lr": "quick"}', ["--lr", "quick", "give a number"]),
         ('{"epochs": -3}', ["--epochs", "-3"]),
-        ('{"epochs": 2.5}', ["--epochs", "2.5"]),
+        ('{"epochs": 2.5}', ["--epochs", "2.5", "give a whole number"]),
+        ('{"epochs": "25"}', ["--epochs", '"25"', "give a whole number"]),
+        ('{"epochs": true}', ["--epochs", "true", "give a whole number"]),
+        ('{"epochs": null}', ["--epochs", "null", "give a whole number"]),
+        ('{"lr": NaN}', ["--lr", "nan", "above 0"]),
+        ('{"lr": 1' + 400 * "0" + "}", ["--lr", "give a number"]),
+        ('{"profile": 1}', ["--profile", "1", "give true or false"]),
+        ('{"schedule": "cosine"}', ["--schedule", "cosine", "give one of constant, onecycle"]),
+        ('{"schedule": ["constant"]}', ["--schedule", "give one of constant, onecycle"]),
+        ('{"data": 5}', ["--data", "5", "give a string"]),
+        ('{"backward": "by hand"}', ["'backward'"]),
+        (10_000 * "[", ["not JSON"]),
     ],
 )
 def test_a_bad_config_file_is_one_line_that_names_it(
@@ -109,7 +157,9 @@ def test_a_bad_config_file_is_one_line_that_names_it(
 def test_no_flag_is_a_strict_prefix_of_a_torchrun_flag() -> None:
     """Torchrun takes one, even behind the script, for an ambiguous flag of its own."""
     theirs = {option for action in get_args_parser()._actions for option in action.option_strings}
-    ours = {"--" + name for name in TrainConfig.__dataclass_fields__}
+    kinds = (TrainConfig, EvaluateConfig, DoctorConfig)  # what torchrun starts
+    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    ours = {f"--{no}{name}" for name in names for no in ("", "no-")}
     ours |= {flag.replace("_", "-") for flag in ours}
     assert len(theirs) > 40
     clashes = [(o, t) for o in ours for t in theirs if t.startswith(o) and t != o]
@@ -124,3 +174,6 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
     for name in TrainConfig.__dataclass_fields__:
         assert re.search(rf"--{name.replace('_', '-')}[ ,]", text), name
     assert text.count("(default:") == len(TrainConfig.__dataclass_fields__)
+    assert max(map(len, text.splitlines())) <= 80
+    groups = ["data", "optimization", "distributed", "checkpoints", "output"]
+    assert re.findall(r"^(\w+):$", text, re.MULTILINE) == ["options", *groups]

@@ -21,7 +21,7 @@ from data_files import (
     write_pickle,
 )
 
-from mnist_dist.data import Located, load, locate
+from mnist_dist.data import DataLocation, find_data, load
 from mnist_dist.data.source import LOCAL_FILE
 
 MADE = digits()
@@ -37,7 +37,7 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def made_is_genuine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the made digits pass for MNIST, which takes seconds less than the full set."""
     fingerprint = read(write_npz(tmp_path / "made.npz", MADE), tmp_path / "other").fingerprint
-    monkeypatch.setattr("mnist_dist.data.source.GENUINE_MNIST", fingerprint)
+    monkeypatch.setattr("mnist_dist.data.source.MNIST_SHA256", fingerprint)
 
 
 class Mirror:
@@ -96,20 +96,20 @@ def left_in_cache(tmp_path: Path) -> set[str]:
     return {path.name for path in (tmp_path / "cache").iterdir()}
 
 
-def assert_bundled(located: Located, *words: str) -> None:
+def assert_bundled(location: DataLocation, *words: str) -> None:
     """The bundled digits, and one warning of one line with `words` in it."""
-    assert located.cache_file is None
-    assert BUNDLED in located.description
-    assert len(load(located).train) == 4000
-    (warning,) = located.warnings
+    assert location.cache_file is None
+    assert BUNDLED in location.description
+    assert len(load(location).train) == 4000
+    (warning,) = location.warnings
     assert len(warning.splitlines()) == 1
     for word in (BUNDLED, "--data", *words):
         assert word in warning
 
 
 def test_a_refused_connection_ends_in_the_bundled_digits_with_one_warning(tmp_path: Path) -> None:
-    located = locate("auto", None)
-    assert_bundled(located, f"{LOCAL_FILE}: no such file", f"{CLOSED_PORT}: Connection refused")
+    location = find_data("auto", None)
+    assert_bundled(location, f"{LOCAL_FILE}: no such file", f"{CLOSED_PORT}: Connection refused")
     assert left_in_cache(tmp_path) == {"mnist.pt.lock"}
 
 
@@ -118,7 +118,7 @@ def test_an_http_error_ends_in_the_bundled_digits_with_one_warning(
     status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(b"sorry", monkeypatch, status) as mirror:
-        assert_bundled(locate("auto", None), f"{mirror.url}: HTTP {status}")
+        assert_bundled(find_data("auto", None), f"{mirror.url}: HTTP {status}")
 
 
 @pytest.mark.parametrize(
@@ -128,14 +128,14 @@ def test_an_address_that_is_none_ends_in_the_bundled_digits(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MNIST_DIST_URL", url)
-    assert_bundled(locate("auto", None), f"{url}: ")
+    assert_bundled(find_data("auto", None), f"{url}: ")
 
 
 def test_other_data_than_mnist_is_not_accepted_from_the_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(packed(tmp_path), monkeypatch) as mirror:
-        assert_bundled(locate("auto", None), f"{mirror.url}: serves another data set")
+        assert_bundled(find_data("auto", None), f"{mirror.url}: serves another data set")
     assert left_in_cache(tmp_path) == {"mnist.pt.lock"}
 
 
@@ -152,47 +152,47 @@ def test_a_page_or_a_program_from_the_network_is_refused(
     body: bytes, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(body, monkeypatch) as mirror:
-        assert_bundled(locate("auto", None), f"{mirror.url}: {words}")
+        assert_bundled(find_data("auto", None), f"{mirror.url}: {words}")
     assert left_in_cache(tmp_path) == {"mnist.pt.lock"}
 
 
 @pytest.mark.usefixtures("made_is_genuine")
 def test_a_truncated_download_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(packed(tmp_path)[:-5000], monkeypatch) as mirror:
-        assert_bundled(locate("auto", None), f"{mirror.url}: is cut short")
+        assert_bundled(find_data("auto", None), f"{mirror.url}: is cut short")
 
 
 def test_an_endless_download_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mnist_dist.data.download._MOST_BYTES", 1000)
+    monkeypatch.setattr("mnist_dist.data.download._MAX_BYTES", 1000)
     with serving(b"x" * 1001, monkeypatch):
-        assert_bundled(locate("auto", None), "serves more than 1,000 bytes")
-    monkeypatch.setattr("mnist_dist.data.download._WHOLE_S", -1)
+        assert_bundled(find_data("auto", None), "serves more than 1,000 bytes")
+    monkeypatch.setattr("mnist_dist.data.download._TOTAL_TIMEOUT_S", -1)
     with serving(b"x", monkeypatch):
-        assert_bundled(locate("auto", None), "not complete after")
+        assert_bundled(find_data("auto", None), "not complete after")
 
 
 def test_a_server_that_trickles_is_ended_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mnist_dist.data.download._WHOLE_S", 0.2)
+    monkeypatch.setattr("mnist_dist.data.download._TOTAL_TIMEOUT_S", 0.2)
     with serving(b"x" * 100, monkeypatch, pause=0.05):
         start = time.monotonic()
-        assert_bundled(locate("auto", None), "not complete after")
+        assert_bundled(find_data("auto", None), "not complete after")
         assert time.monotonic() - start < 2
 
 
 def test_a_name_server_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mnist_dist.data.download._SILENCE_S", 0.1)
+    monkeypatch.setattr("mnist_dist.data.download._IDLE_TIMEOUT_S", 0.1)
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: time.sleep(5))
     start = time.monotonic()
-    assert_bundled(locate("auto", None), f"{CLOSED_PORT}: no answer within 0.1 s")
+    assert_bundled(find_data("auto", None), f"{CLOSED_PORT}: no answer within 0.1 s")
     assert time.monotonic() - start < 2
 
 
 def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mnist_dist.data.download._SILENCE_S", 0.1)
+    monkeypatch.setattr("mnist_dist.data.download._IDLE_TIMEOUT_S", 0.1)
     silent = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     url = f"http://127.0.0.1:{silent.server_port}/mnist.pkl.gz"
     monkeypatch.setenv("MNIST_DIST_URL", url)
-    assert_bundled(locate("auto", None), f"{url}: ")
+    assert_bundled(find_data("auto", None), f"{url}: ")
     silent.server_close()
 
 
@@ -201,7 +201,7 @@ def test_a_download_is_kept_and_asked_for_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(packed(tmp_path), monkeypatch) as mirror:
-        first, second = locate("auto", None), locate("auto", None)
+        first, second = find_data("auto", None), find_data("auto", None)
     assert first == second
     assert first.warnings == ()
     assert mirror.url in first.description
@@ -224,16 +224,16 @@ def test_a_download_works_where_the_cache_cannot_be_written(
 ) -> None:
     (tmp_path / "file").touch()
     with serving(packed(tmp_path), monkeypatch):
-        located = locate("auto", tmp_path / "file" / "cache")
-    assert_holds(load(located), MADE)
-    assert len(located.warnings) == 1
+        location = find_data("auto", tmp_path / "file" / "cache")
+    assert_holds(load(location), MADE)
+    assert len(location.warnings) == 1
 
 
 def test_the_fallback_has_one_warning_where_the_cache_cannot_be_written_too(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "file").touch()
-    assert_bundled(locate("auto", tmp_path / "file" / "cache"))
+    assert_bundled(find_data("auto", tmp_path / "file" / "cache"))
 
 
 def test_full_mnist_from_the_network_is_one_request_for_several_jobs_at_once(
@@ -253,36 +253,36 @@ def test_the_local_file_comes_before_the_network_and_is_kept_for_every_directory
 ) -> None:
     write_pickle(LOCAL_FILE, MADE)
     with serving(packed(tmp_path), monkeypatch) as mirror:
-        located = locate("auto", None)
+        location = find_data("auto", None)
     assert mirror.requests == []
-    assert located.warnings == ()
-    assert located.description.endswith(f"from {LOCAL_FILE.resolve()}")
+    assert location.warnings == ()
+    assert location.description.endswith(f"from {LOCAL_FILE.resolve()}")
     monkeypatch.chdir(tmp_path)
-    assert locate("auto", None) == located
+    assert find_data("auto", None) == location
 
 
 def test_a_local_file_of_other_data_is_used_but_never_called_mnist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_pickle(LOCAL_FILE, MADE)
-    located = locate("auto", None)
-    assert_holds(load(located), MADE)
-    assert located == locate(str(LOCAL_FILE), None)
-    assert located.description.startswith("Dataset, ")
+    location = find_data("auto", None)
+    assert_holds(load(location), MADE)
+    assert location == find_data(str(LOCAL_FILE), None)
+    assert location.description.startswith("Dataset, ")
     monkeypatch.chdir(tmp_path)
-    assert_bundled(locate("auto", None))
+    assert_bundled(find_data("auto", None))
 
 
 def test_a_local_file_of_other_data_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     write_pickle(LOCAL_FILE, MADE)
-    first = locate("auto", None)
+    first = find_data("auto", None)
     monkeypatch.setattr("mnist_dist.data.formats.Source.read", None)
-    assert locate("auto", None) == first
+    assert find_data("auto", None) == first
 
 
 def test_a_damaged_local_file_and_no_network_are_both_in_the_one_warning() -> None:
     write_bytes(LOCAL_FILE, pickled(MADE)[:-100])
-    assert_bundled(locate("auto", None), f"{LOCAL_FILE}: is cut short", "Connection refused")
+    assert_bundled(find_data("auto", None), f"{LOCAL_FILE}: is cut short", "Connection refused")
 
 
 @pytest.mark.usefixtures("made_is_genuine")
@@ -291,10 +291,10 @@ def test_a_damaged_local_file_is_warned_of_where_the_download_works(
 ) -> None:
     write_bytes(LOCAL_FILE, pickled(MADE)[:-100])
     with serving(packed(tmp_path), monkeypatch):
-        located = locate("auto", None)
-    assert_holds(load(located), MADE)
-    assert len(located.warnings) == 1
-    assert f"{LOCAL_FILE}: is cut short" in located.warnings[0]
+        location = find_data("auto", None)
+    assert_holds(load(location), MADE)
+    assert len(location.warnings) == 1
+    assert f"{LOCAL_FILE}: is cut short" in location.warnings[0]
 
 
 def test_a_path_never_falls_back_and_never_asks_the_network(
@@ -305,5 +305,5 @@ def test_a_path_never_falls_back_and_never_asks_the_network(
         serving(packed(tmp_path), monkeypatch) as mirror,
         pytest.raises(Exception, match="no such"),
     ):
-        locate(str(tmp_path / "nowhere"), None)
+        find_data(str(tmp_path / "nowhere"), None)
     assert mirror.requests == []

@@ -24,7 +24,7 @@ from data_files import (
 )
 from filelock import FileLock
 
-from mnist_dist.data import DataError, Located, load, locate
+from mnist_dist.data import DataError, DataLocation, find_data, load
 
 MADE = digits()
 
@@ -41,7 +41,7 @@ def source(tmp_path: Path) -> Path:
 
 def entry_of(source: Path) -> Path:
     """The cache entry of `source`, made if need be."""
-    entry = locate(str(source), None).cache_file
+    entry = find_data(str(source), None).cache_file
     assert entry is not None
     return entry
 
@@ -50,19 +50,19 @@ def temporary_files(directory: Path) -> list[Path]:
     return [path for path in directory.iterdir() if path.suffix not in (".pt", ".lock")]
 
 
-def test_located_is_plain_and_picklable(source: Path) -> None:
-    located = locate(str(source), None)
-    again = pickle.loads(pickle.dumps(located))
-    assert again == located
+def test_a_data_location_is_plain_and_picklable(source: Path) -> None:
+    location = find_data(str(source), None)
+    again = pickle.loads(pickle.dumps(location))
+    assert again == location
     assert_holds(load(again), MADE)
 
 
 def test_a_second_start_reads_the_cache_and_not_the_source(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = locate(str(source), None)
+    first = find_data(str(source), None)
     monkeypatch.setattr("mnist_dist.data.formats.Source.read", None)
-    assert locate(str(source), None) == first
+    assert find_data(str(source), None) == first
 
 
 def test_a_changed_file_is_converted_anew(source: Path) -> None:
@@ -95,14 +95,14 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_entry_is_refused_by_load_and_rebuilt_by_locate(
+def test_a_damaged_entry_is_refused_by_load_and_rebuilt_by_find_data(
     damage: Callable[[bytes], bytes], source: Path
 ) -> None:
-    located = locate(str(source), None)
+    location = find_data(str(source), None)
     entry = entry_of(source)
     entry.write_bytes(damage(entry.read_bytes()))
     with pytest.raises(DataError) as caught:
-        load(located)
+        load(location)
     assert_one_line(caught.value, str(entry), "remove it")
     assert_holds(read(source), MADE)
 
@@ -129,7 +129,7 @@ def test_an_entry_of_another_structure_is_rebuilt(
     entry = entry_of(source)
     torch.save(torch.load(entry) | alteration, entry)
     with pytest.raises(DataError):
-        load(Located(entry, ""))
+        load(DataLocation(entry, ""))
     assert_holds(read(source), MADE)
 
 
@@ -144,11 +144,11 @@ def test_an_entry_that_is_a_program_is_not_run(source: Path, tmp_path: Path) -> 
 
 
 def test_an_entry_removed_since_is_an_error_that_names_it(source: Path) -> None:
-    located = locate(str(source), None)
+    location = find_data(str(source), None)
     entry_of(source).unlink()
     with pytest.raises(DataError) as caught:
-        load(located)
-    assert_one_line(caught.value, str(located.cache_file), "No such file")
+        load(location)
+    assert_one_line(caught.value, str(location.cache_file), "No such file")
 
 
 def test_several_processes_at_once_convert_once(source: Path, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_lock_that_is_never_released_is_an_error_that_names_it(
     entry.unlink()
     monkeypatch.setattr("mnist_dist.data.cache.LOCK_WAIT_S", 0.1)
     with FileLock(f"{entry}.lock"), pytest.raises(DataError) as caught:
-        locate(str(source), None)
+        find_data(str(source), None)
     assert_one_line(caught.value, f"{entry}.lock", "held by another process")
 
 
@@ -191,7 +191,7 @@ def test_the_directory_is_the_argument_else_ours_else_xdg_else_home(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def home(cache_dir: Path | None = None) -> Path:
-        entry = locate(str(source), cache_dir).cache_file
+        entry = find_data(str(source), cache_dir).cache_file
         assert entry is not None
         return entry.parent
 
@@ -214,9 +214,9 @@ def unwritable(tmp_path: Path) -> Path:
 
 
 def test_an_unwritable_cache_works_with_a_warning(source: Path, tmp_path: Path) -> None:
-    located = locate(str(source), unwritable(tmp_path))
-    assert_holds(load(located), MADE)
-    (warning,) = located.warnings
+    location = find_data(str(source), unwritable(tmp_path))
+    assert_holds(load(location), MADE)
+    (warning,) = location.warnings
     assert str(tmp_path / "file" / "cache") in warning
     assert "MNIST_DIST_CACHE" in warning
     assert len(warning.splitlines()) == 1
@@ -224,8 +224,8 @@ def test_an_unwritable_cache_works_with_a_warning(source: Path, tmp_path: Path) 
 
 def test_the_cache_of_one_run_goes_with_its_process(source: Path, tmp_path: Path) -> None:
     script = (
-        "import os, sys; from mnist_dist.data import locate\n"
-        "print(locate(*sys.argv[1:]).cache_file, flush=True)\n"
+        "import os, sys; from mnist_dist.data import find_data\n"
+        "print(find_data(*sys.argv[1:]).cache_file, flush=True)\n"
         # A forked child has the exit handlers too, and must not remove what its parent uses.
         "child = os.fork()\n"
         "if child == 0: sys.exit()\n"
@@ -247,26 +247,28 @@ def test_the_cache_of_one_run_goes_with_its_process(source: Path, tmp_path: Path
 def test_an_unwritable_cache_that_has_the_entry_is_used_without_warning(tmp_path: Path) -> None:
     with unprivileged() as home:
         source = write_npz(home / "made.npz", MADE)
-        entry = locate(str(source), home / "cache").cache_file
+        entry = find_data(str(source), home / "cache").cache_file
         (home / "cache").chmod(0o555)
-        assert locate(str(source), home / "cache") == Located(entry, read(source).description)
+        assert find_data(str(source), home / "cache") == DataLocation(
+            entry, read(source).description
+        )
         os.utime(source, (1, 1))
-        located = locate(str(source), home / "cache")
-        assert_holds(load(located), MADE)
-        assert "Permission denied" in located.warnings[0]
+        location = find_data(str(source), home / "cache")
+        assert_holds(load(location), MADE)
+        assert "Permission denied" in location.warnings[0]
         (home / "cache").chmod(0o755)
 
 
 def test_another_users_lock_file_is_no_obstacle() -> None:
     with unprivileged() as home:
         source = write_npz(home / "made.npz", MADE)
-        entry = locate(str(source), home / "cache").cache_file
+        entry = find_data(str(source), home / "cache").cache_file
         assert entry is not None
         entry.unlink()
         Path(f"{entry}.lock").chmod(0)
-        located = locate(str(source), home / "cache")
-        assert_holds(load(located), MADE)
-        assert len(located.warnings) == 1
+        location = find_data(str(source), home / "cache")
+        assert_holds(load(location), MADE)
+        assert len(location.warnings) == 1
 
 
 def test_a_full_disk_is_gone_round(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,9 +280,9 @@ def test_a_full_disk_is_gone_round(source: Path, monkeypatch: pytest.MonkeyPatch
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    located = locate(str(source), None)
-    assert_holds(load(located), MADE)
-    assert "No space left on device" in located.warnings[0]
+    location = find_data(str(source), None)
+    assert_holds(load(location), MADE)
+    assert "No space left on device" in location.warnings[0]
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
@@ -289,5 +291,5 @@ def test_no_room_anywhere_is_one_error(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(DataError) as caught:
-        locate(str(source), unwritable(tmp_path))
+        find_data(str(source), unwritable(tmp_path))
     assert_one_line(caught.value, str(tmp_path / "file" / "cache"), "TMPDIR", "--cache-dir")

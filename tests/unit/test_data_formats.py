@@ -25,8 +25,8 @@ from data_files import (
     write_pickle,
 )
 
-from mnist_dist.data import DataError, Dataset, locate
-from mnist_dist.data.splits import GENUINE_MNIST
+from mnist_dist.data import DataError, Dataset, find_data
+from mnist_dist.data.splits import MNIST_SHA256
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,7 @@ def test_the_last_sixth_of_60000_training_images_is_10000(full_sets: list[Datase
 
 def test_full_mnist_is_bitwise_the_same_from_pickle_and_idx(full_sets: list[Dataset]) -> None:
     from_pickle, from_idx = full_sets
-    assert from_pickle.fingerprint == from_idx.fingerprint == GENUINE_MNIST
+    assert from_pickle.fingerprint == from_idx.fingerprint == MNIST_SHA256
     for one, other in zip(from_pickle.splits, from_idx.splits, strict=True):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.labels, other.labels)
@@ -130,7 +130,7 @@ def test_bundled_digits_are_balanced_in_every_split() -> None:
     for split, per_class in zip(dataset.splits, (400, 50, 50), strict=True):
         assert split.labels.bincount().tolist() == [per_class] * 10
     assert dataset.description == "bundled 5,000-digit subset of MNIST, 4,000 / 500 / 500"
-    assert locate("bundled", None).warnings == ()
+    assert find_data("bundled", None).warnings == ()
 
 
 def test_bundled_splits_take_400_50_50_of_each_class_in_order() -> None:

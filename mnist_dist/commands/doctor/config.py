@@ -5,32 +5,30 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mnist_dist.errors import UserError
-from mnist_dist.flags import parse_flags
+from mnist_dist.flags import flag, parse_flags
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Check whether processes that are started like this can train together.
+    """Check whether the processes started with this command can train together.
 
-    Start it the way you start training: by itself, with `torchrun ... -m mnist_dist doctor` or with
-    `srun ... python -m mnist_dist doctor`. Exits with 0 if they can; with 1 if they cannot, and the
-    last line of rank 0 gives the reason and the remedy.
+    Start it as you start training: on its own, with
+    `torchrun ... -m mnist_dist doctor` or with `srun ... python -m mnist_dist doctor`.
+    Exit code 0: they can train together. Exit code 1: they cannot; the last line
+    of rank 0 names the problem and the remedy.
     """
 
-    run_dir: str = "runs"
-    """Directory that holds your runs. Its disk is measured; nothing is left there."""
-
-    timeout: float = 25.0
-    """Seconds for all checks, of which the rendezvous may take three fifths."""
-
-    json: bool = False
-    """Print one JSON object instead of text."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """As for training."""
-
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """As for training."""
+    run_dir: str = flag(
+        "runs", metavar="DIR", help="directory for runs, whose disk is measured and left unchanged"
+    )
+    timeout: float = flag(
+        25.0,
+        metavar="SECONDS",
+        help="time limit of all checks; the rendezvous may take three fifths of it",
+    )
+    json: bool = flag(False, help="print one JSON object instead of text")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", help="device, as for training")
+    backend: Literal["auto", "gloo", "nccl"] = flag("auto", help="backend, as for training")
 
 
 def parse(argv: Sequence[str]) -> DoctorConfig:

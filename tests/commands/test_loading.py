@@ -39,11 +39,16 @@ def test_a_checkpoint_its_directory_and_a_copy_are_as_good(trained: Path, tmp_pa
 
 def test_importing_the_package_does_not_import_torch() -> None:
     check = (
-        "import sys, mnist_dist; assert 'torch' not in sys.modules; assert 'tyro' not in "
-        "sys.modules; mnist_dist.list_runs; assert 'torch' not in sys.modules; "
+        "import sys, mnist_dist; assert 'torch' not in sys.modules; "
+        "mnist_dist.list_runs; assert 'torch' not in sys.modules; "
         "mnist_dist.load_model; assert 'torch' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
+
+
+def test_the_old_name_of_preprocess_image_still_works_and_warns() -> None:
+    with pytest.deprecated_call(match="preprocess_image"):
+        assert mnist_dist.prepare is mnist_dist.preprocess_image
 
 
 def test_every_name_that_the_package_offers_is_there() -> None:

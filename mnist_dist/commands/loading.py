@@ -1,4 +1,4 @@
-"""A trained model, found by the name of its run or of its checkpoint."""
+"""Load a trained model by the path of its run or checkpoint."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mnist_dist.errors import UserError
-from mnist_dist.model import build_model, difference
+from mnist_dist.model import build_model, state_dict_mismatch
 from mnist_dist.run.checkpoint import load_checkpoint
 
 _REMEDY = "name a run's directory or a checkpoint of this project"
@@ -19,54 +19,54 @@ _REMEDY = "name a run's directory or a checkpoint of this project"
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model and what its checkpoint says of its training. Picklable."""
+    """A model and the metadata of its training. Picklable."""
 
     model: nn.Module
     """In evaluation mode, on the CPU."""
     checkpoint: Path
     epoch: int | None
-    """Epochs of training behind it; None if the file holds weights alone."""
+    """Epochs of training; None if the file has only weights."""
     data_fingerprint: str | None
-    """Of the data it was trained on, as `Dataset.fingerprint`."""
+    """`Dataset.fingerprint` of the training data."""
     train_samples: int | None
-    """It was trained on the first so many samples only; None: on all."""
+    """Number of training samples; None: all."""
     data: str = "auto"
-    """The run's --data, where the run's config.json is still beside the checkpoint."""
+    """The run's --data, if its config.json is found."""
     cache_dir: str | None = None
-    """The run's --cache-dir, likewise."""
+    """The run's --cache-dir, if its config.json is found."""
 
     @property
     def description(self) -> str:
-        """The checkpoint's name and age, in one phrase for a person."""
+        """The checkpoint's path and epoch."""
         age = "" if self.epoch is None else f" (weights of epoch {self.epoch})"
         return f"{self.checkpoint}{age}"
 
 
 def load_model(path: str | Path) -> nn.Module:
-    """The model in a checkpoint, or that of a run's best epoch.
+    """Load the model of a checkpoint, or of a run's best epoch.
 
     Args:
-        path: a run's directory (its `checkpoints/best.pt` is meant) or a checkpoint, which may have
-            been copied away from its sidecar. Nothing in the file is ever executed.
+        path: a run directory (its `checkpoints/best.pt` is used) or a checkpoint, with or without
+            its sidecar. Nothing in the file is executed.
 
     Returns:
         The plain model in evaluation mode, on the CPU: (N, 784) float32, byte/256, to (N, 10)
         float32 logits.
 
     Raises:
-        UserError: there is none, it is damaged, or it holds another model.
+        UserError: there is no checkpoint, it is damaged, or it is of another model.
     """
     return load_trained(path).model
 
 
 def load_trained(path: str | Path) -> TrainedModel:
-    """As `load_model`, with what the checkpoint says of its training."""
+    """Load a model as `load_model`, with the metadata of its training."""
     checkpoint = find_checkpoint(Path(path))
     try:
         saved = load_checkpoint(checkpoint, needs_sidecar=False)
     except UserError as error:
         raise UserError(f"{error}; {_REMEDY}") from error
-    # Weights alone, as the original script saved them, are as good.
+    # The original script saved only the weights.
     weights = saved.get("model", saved) if isinstance(saved, dict) else None
     identity = saved.get("identity") if isinstance(saved, dict) else None
     identity = identity if isinstance(identity, dict) else {}
@@ -81,7 +81,7 @@ def load_trained(path: str | Path) -> TrainedModel:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or best.pt of the run whose directory it is.
+    """Return `path` if it is a file, or best.pt of the run directory `path`.
 
     Raises:
         UserError: it is neither.
@@ -105,12 +105,12 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def _model(weights: Any, checkpoint: Path) -> nn.Module:
-    """`weights` in a model. Raises UserError if they are not those of this project's."""
+    """Load `weights` into the model. Raises UserError if they do not match."""
     model = build_model()
-    if fault := difference(weights, model):
+    if mismatch := state_dict_mismatch(weights, model):
         raise UserError(
             f"{checkpoint}: holds no weights of this project's model, {type(model).__name__}: "
-            f"{fault}; {_REMEDY}"
+            f"{mismatch}; {_REMEDY}"
         )
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
@@ -120,7 +120,7 @@ def _model(weights: Any, checkpoint: Path) -> nn.Module:
 
 
 def _data_of_run(checkpoint: Path) -> dict[str, Any]:
-    """The data flags in config.json of the run that the checkpoint lies in; {} without one."""
+    """Return the data flags in the run's config.json, if it is found."""
     with contextlib.suppress(OSError, ValueError):
         config = json.loads((checkpoint.absolute().parent.parent / "config.json").read_text())
         flags = {name: _typed(config, name, str) for name in ("data", "cache_dir")}
@@ -129,6 +129,6 @@ def _data_of_run(checkpoint: Path) -> dict[str, Any]:
 
 
 def _typed(values: Any, name: str, kind: type) -> Any:
-    """The value under `name` if it is of the kind it should be, else None: files may hold any."""
+    """Return the value of `name` if it has the type `kind`, else None."""
     value = values.get(name) if isinstance(values, Mapping) else None
     return value if isinstance(value, kind) else None
