@@ -47,7 +47,7 @@ def test_a_rank_that_fails_takes_the_others_down_and_its_cause_comes_first(
     first, *others = ours(ended.err)
     assert re.match(rf"mnist-dist: {first_line}", first), ended.err
     assert all("rank 1 failed" in line for line in others)
-    assert 'engine.py", line' in ended.err, "a bug has its whole traceback"
+    assert 'train_ddp.py", line' in ended.err, "a bug has its whole traceback"
 
 
 @pytest.mark.parametrize(
