@@ -1,7 +1,7 @@
 """Share failure causes between ranks through the store.
 
 When one process dies, all others see the same symptom: a closed connection, or no answer. The
-store tells them the cause, if the failed rank could still publish one, or which rank is missing.
+store holds the cause, if the failed rank could still publish one, and shows which rank is missing.
 """
 
 import contextlib

@@ -67,7 +67,7 @@ _TORCHRUN_DOCTOR = By(
     "tests/doctor/test_doctor.py::test_torchrun_examines_the_processes_it_starts",
     '"-m", "mnist_dist", "doctor"',
 )
-_ONE_PROCESS = r"world  1 process \(alone\)(.|\n)*\ntest   loss "
+_ONE_PROCESS = r"world  1 process, cpu(.|\n)*\ntest   loss "
 
 COMMANDS: dict[str, Here | By | Never] = {
     # From nothing

@@ -133,7 +133,9 @@ def module_and_flags(typed: str) -> tuple[str, list[str]] | None:
         if word.endswith(("train_ddp.py", ".sbatch", "local.sh", "host.sh")):
             return "train_ddp", FLAG.findall(" ".join(rest))
         if word in ("mnist-dist", "mnist_dist") and rest:
-            return f"mnist_dist.commands.{rest[0]}", FLAG.findall(" ".join(rest[1:]))
+            package = (ROOT / "mnist_dist" / "commands" / rest[0]).is_dir()
+            module = f"mnist_dist.commands.{rest[0]}{'.command' if package else ''}"
+            return module, FLAG.findall(" ".join(rest[1:]))
     return None
 
 
