@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import torch.utils.tensorboard
 from processes import ROOT
 
 from mnist_dist import torch_internals
