@@ -23,7 +23,7 @@ from mnist_dist.distributed.ddp import (
     register_comm_hook,
 )
 from mnist_dist.distributed.devices import set_precision, set_threads
-from mnist_dist.distributed.failures import PeerLostError
+from mnist_dist.distributed.failures import PeerLostError, format_ranks
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.sync import RankSync, SyncResult
 from mnist_dist.distributed.world import World, init_distributed
@@ -235,10 +235,10 @@ class Job:
         _check_finite(state, result)
         loss_sum, diverged = state.finish_sync(result.payloads)
         if diverged:
-            ranks = f"rank{'s' if len(diverged) > 1 else ''} {', '.join(map(str, diverged))}"
             raise JobError(
-                f"the weights of {ranks} differ from the other ranks' after step {state.step} (bad "
-                f"memory or a bug); check that host's memory, and continue from {self.run}"
+                f"the weights of {format_ranks(diverged)} differ from the other ranks' after step "
+                f"{state.step} (bad memory or a bug); check that host's memory, and continue from "
+                f"{self.run}"
             )
         self._save_or_stop(state, sync, result, save_now=False)
         return loss_sum / self.sharding.samples
