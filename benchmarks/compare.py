@@ -23,12 +23,12 @@ from benchmarks import parts, start
 from benchmarks.jobs import epochs_after_the_first, train
 from benchmarks.peers import PEERS, Work
 
-OURS = "mnist-dist"
-BESIDE = "share of ours that is not training"
+OURS = {"mnist-dist": "ddp", "mnist-dist --step manual": "manual"}
+_OTHER = "{}: not training"
 _INSIDE = "--inside"
 
 
-def epochs_of_ours(work: Work, processes: int) -> tuple[list[float], float]:
+def epochs_of_ours(work: Work, processes: int, step: str) -> tuple[list[float], float]:
     """Each epoch of the real job but the first, from its own record.
 
     Returns:
@@ -37,6 +37,7 @@ def epochs_of_ours(work: Work, processes: int) -> tuple[list[float], float]:
     """
     with tempfile.TemporaryDirectory() as directory:
         flags = [f"--data={work.data}", f"--global-batch-size={work.global_batch_size}"]
+        flags.append(f"--step={step}")
         records = train(Path(directory) / "run", processes, *flags)
     epochs = epochs_after_the_first(records)
     steps = records[0]["step"]
@@ -72,28 +73,31 @@ def run_inside(name: str, work: Work) -> NoReturn:
 
 def measure(work: Work, processes: int, rounds: int, names: list[str]) -> dict[str, list[float]]:
     """Seconds of all epochs of each contender; the contenders take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in (OURS, *names, BESIDE)}
+    shares = {name: _OTHER.format(name) for name in OURS}
+    seconds: dict[str, list[float]] = {n: [] for n in (*OURS, *names, *shares.values())}
     for _ in range(rounds):
-        ours, beside = epochs_of_ours(work, processes)
-        seconds[OURS] += ours
-        seconds[BESIDE].append(beside)
+        for ours, step in OURS.items():
+            epochs, share = epochs_of_ours(work, processes, step)
+            seconds[ours] += epochs
+            seconds[shares[ours]].append(share)
         for name in names:
             seconds[name] += epochs_of_peer(name, work, processes)
     return seconds
 
 
 def table(processes: int, seconds: dict[str, list[float]]) -> list[str]:
-    """Lines of the table: medians, spread, and how many times faster ours is."""
-    ours = statistics.median(seconds[OURS])
+    """Lines of the table: medians, spread, and how many times faster ours is with either step."""
+    ddp, manual = (statistics.median(seconds[name]) for name in OURS)
     lines = []
     for name, values in seconds.items():
         middle = statistics.median(values)
-        if name == BESIDE:
+        if name.endswith(_OTHER.format("")):
             spread = f"{min(values):.1%} to {max(values):.1%}"
-            lines.append(f"| {processes} | {name} | {middle:.1%} | {spread} | |")
+            lines.append(f"| {processes} | {name} | {middle:.1%} | {spread} | | |")
             continue
+        times = f"{middle / ddp:.2f} | {middle / manual:.2f}"
         spread = f"{min(values):.2f} to {max(values):.2f}"
-        lines.append(f"| {processes} | {name} | {middle:.2f} | {spread} | {middle / ours:.2f} |")
+        lines.append(f"| {processes} | {name} | {middle:.2f} | {spread} | {times} |")
     return lines
 
 
@@ -125,7 +129,12 @@ def everything(
 ) -> dict[str, Any]:
     """Measure all there is to measure, and say each table's lines as they come."""
     found: dict[str, Any] = {"epochs": {}, "parts": {}}
-    say(["| processes | | s an epoch | from to | times ours |", "|---|---|---|---|---|"])
+    say(
+        [
+            "| processes | | s an epoch | from to | times ddp | times manual |",
+            "|---|---|---|---|---|---|",
+        ]
+    )
     for processes in chosen.world_sizes:
         # The original knows one process only.
         names = [n for n in chosen.peers if processes == 1 or n != "original script"]

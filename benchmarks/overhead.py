@@ -1,4 +1,4 @@
-"""What the agreed stop and the weights' comparison cost: epochs with and without, interleaved.
+"""The cost of the ranks' syncs and of comparing weights: epochs with and without, interleaved.
 
 python -m benchmarks.overhead --world-sizes 1 2 4
 """
@@ -9,66 +9,51 @@ import subprocess
 import sys
 import time
 
-from mnist_dist.data import Split, find_data, load
+import torch
+
+from benchmarks.stepping import Stepper
+from mnist_dist.data import find_data, load
 from mnist_dist.distributed.launcher import read_launch
-from mnist_dist.distributed.sync import Agreement, StopRequest
-from mnist_dist.distributed.world import World, join
-from mnist_dist.evaluation import train_epoch
-from mnist_dist.model import MLP
-from mnist_dist.optimizer import FlatSGD
-from mnist_dist.run.state import TrainState
-from mnist_dist.sampling import Sharding
-from mnist_dist.steps import Choice, Step, build_step
+from mnist_dist.distributed.sync import RankSync
+from mnist_dist.distributed.world import World, init_distributed
 
 _INSIDE = "--inside"
 _PAIRS = {1: 100, 2: 40, 4: 24}
 
 
-def epoch_seconds(
-    world: World,
-    state: TrainState,
-    step: Step,
-    split: Split,
-    sharding: Sharding,
-    checked: bool,
-) -> float:
-    """One epoch's training time on this rank, with or without the checks."""
-    agreement = Agreement(world, StopRequest(), None)
+def epoch_seconds(world: World, stepper: Stepper, sync: RankSync, checked: bool) -> float:
+    """Return one epoch's training time on this rank, with or without the checks."""
+    state = stepper.state
     world.barrier()
     started = time.perf_counter()
-    for loss_sum in train_epoch(step, None, split, sharding, epoch=0):
+    for loss_sum in stepper.epoch(0):
         state.count_step(loss_sum)
-        if checked and agreement.due():
-            agreement.compare(state.settle())
+        if checked and sync.should_sync():
+            sync.sync(state.drain_losses())
+    bad_step = state.drain_losses()
     if checked:
-        bad_step = state.settle()
-        agreement.compare(bad_step, state.notes(world))
+        sync.sync(bad_step, state.sync_payload(world))
     else:  # the loss is summed in any case
-        state.settle()
-        world.gather_numbers([state.loss_sum])
+        world.all_reduce_sum(torch.tensor([state.loss_sum], dtype=torch.float64))
     world.barrier()
     return time.perf_counter() - started
 
 
 def measure(data: str, pairs: int | None) -> None:
     """Print this world size's row; runs in every rank."""
-    with join(read_launch(), "cpu", "auto") as world:
+    with init_distributed(read_launch(), "cpu", "auto") as world:
         split = load(world.once_per_host(lambda: find_data(data, None))).train
-        bare = MLP()
-        optimizer = FlatSGD(bare, 0.001, 0, 0)
-        state = TrainState(bare, optimizer, None, {})
-        step = build_step(bare, optimizer, world, Choice())
-        sharding = Sharding(len(split), 64, world.rank, world.world_size, seed=0)
+        stepper, sync = Stepper(world, split, 64), RankSync(world)
         seconds: dict[bool, list[float]] = {True: [], False: []}
         count = pairs or _PAIRS.get(world.world_size, 10)
         for number in range(count + 1):
-            # Which comes first alternates, so that a drift of the machine's speed cancels.
+            # The order alternates, so that a drift of the machine's speed cancels.
             for checked in (number % 2 == 0, number % 2 != 0):
-                taken = epoch_seconds(world, state, step, split, sharding, checked)
+                taken = epoch_seconds(world, stepper, sync, checked)
                 if number:  # the first pair warms up
                     seconds[checked].append(taken)
-        if world.is_main:
-            print(row(world.world_size, sharding.steps_per_epoch, seconds), flush=True)
+        if world.is_main_process:
+            print(row(world.world_size, stepper.sharding.steps_per_epoch, seconds), flush=True)
 
 
 def row(world_size: int, steps: int, seconds: dict[bool, list[float]]) -> str:

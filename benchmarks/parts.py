@@ -1,8 +1,8 @@
-"""What an epoch is made of: bare matrix products, the step alone, with communication, by autograd.
+"""The parts of an epoch: bare matrix products, steps with and without communication, evaluation.
 
 python -m benchmarks.parts --data ../shared/data/mnist.pkl.gz --world-sizes 1 2 4
 
-All kinds take turns within one run, on the same threads. All but evaluations train an epoch.
+The kinds take turns within one run. All but evaluations train an epoch.
 """
 
 import argparse
@@ -16,44 +16,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from benchmarks.stepping import Kind, Stepper
 from mnist_dist.data import find_data, load
 from mnist_dist.distributed.launcher import read_launch
-from mnist_dist.distributed.world import World, join
-from mnist_dist.evaluation import evaluate, train_epoch
-from mnist_dist.fast.manual_backward import Perceptron
+from mnist_dist.distributed.world import World, init_distributed
+from mnist_dist.evaluation import evaluate
 from mnist_dist.model import MLP
-from mnist_dist.optimizer import FlatSGD
 from mnist_dist.sampling import Sharding
-from mnist_dist.steps import Choice, StepByHand, build_step
 
 _INSIDE = "--inside"
-BARE, ALONE, TOGETHER, BACKEND, DDP, EVALUATION, PLAIN_EVALUATION = (
+BARE, ALONE, DDP, BACKEND, MANUAL, MANUAL_BACKEND, EVALUATION = (
     "bare matrix products",
     "step without communication",
     "step",
     "step, gradients over gloo",
-    "autograd and DDP",
+    "manual step",
+    "manual step, gradients over gloo",
     "evaluation",
-    "evaluation by torch's own products",
 )
-
-
-class NoSum:
-    """Leaves every rank with its own gradient: what a step costs without communication."""
-
-    def __init__(self, size: int) -> None:
-        self.own = torch.empty(size)
-
-    def add_up(self, values: Tensor) -> Tensor:
-        return values
-
-
-def step_alone(model: MLP, optimizer: FlatSGD) -> StepByHand:
-    """A step of this rank, which waits for no other."""
-    perceptron = Perceptron([model.hidden1, model.hidden2, model.out])
-    return StepByHand(perceptron, optimizer, NoSum(len(optimizer.flat)), "alone")
 
 
 @dataclass(frozen=True)
@@ -69,16 +50,14 @@ class Parts:
         world = self.world
         kinds: dict[str, Callable[[int], object]] = {BARE: self._bare()}
         if world.world_size > 1:
-            kinds[ALONE] = self._epoch(None, autograd=False, share=False)
-        kinds[TOGETHER] = self._epoch(world, autograd=False, share=True)
+            kinds[ALONE] = self._epoch("ddp", communicate=False)
+        kinds[DDP] = self._epoch("ddp")
+        kinds[MANUAL] = self._epoch("manual")
         if world.world_size > 1:
-            kinds[BACKEND] = self._epoch(world, autograd=False, share=False)
-        kinds[DDP] = self._epoch(world, autograd=True, share=True)
+            kinds[BACKEND] = self._epoch("ddp", share_memory=False)
+            kinds[MANUAL_BACKEND] = self._epoch("manual", share_memory=False)
         validation, model = load(find_data(self.data, None)).validation, MLP()
         kinds[EVALUATION] = lambda _: evaluate(model, validation, world)
-        # Wrapped, it is any model.
-        plain = torch.nn.Sequential(model)
-        kinds[PLAIN_EVALUATION] = lambda _: evaluate(plain, validation, world)
         return kinds
 
     def _bare(self) -> Callable[[int], None]:
@@ -99,19 +78,14 @@ class Parts:
 
         return epoch
 
-    def _epoch(self, world: World | None, autograd: bool, share: bool) -> Callable[[int], None]:
-        torch.manual_seed(0)
-        model = MLP()
-        optimizer = FlatSGD(model, 0.001, 0, 0)
-        step = (
-            step_alone(model, optimizer)
-            if world is None
-            else build_step(model, optimizer, world, Choice(autograd, share))
-        )
-        train = load(find_data(self.data, None)).train
+    def _epoch(
+        self, kind: Kind, share_memory: bool = True, communicate: bool = True
+    ) -> Callable[[int], None]:
+        train, batch = load(find_data(self.data, None)).train, self.sharding.global_batch_size
+        stepper = Stepper(self.world, train, batch, kind, share_memory, communicate)
 
         def epoch(number: int) -> None:
-            for _ in train_epoch(step, None, train, self.sharding, number):
+            for _ in stepper.epoch(number):
                 pass
 
         return epoch
@@ -119,20 +93,20 @@ class Parts:
 
 def measure(data: str, batch: int, rounds: int) -> None:
     """Be one rank; rank 0 prints the seconds of every round, by kind."""
-    with join(read_launch(), "cpu", "auto") as world:
+    with init_distributed(read_launch(), "cpu", "auto") as world:
         samples = len(load(world.once_per_host(lambda: find_data(data, None))).train)
-        sharding = Sharding(samples, batch, world.rank, world.world_size, seed=0)
+        sharding = Sharding(samples, batch, world.rank, world.world_size)
         kinds = Parts(world, sharding, data).kinds()
         seconds: dict[str, list[float]] = {name: [] for name in kinds}
         for number in range(rounds + 1):
             for name, kind in kinds.items():
                 world.barrier()
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 kind(number)
                 world.barrier()
                 if number:  # the first round warms up
-                    seconds[name].append(time.perf_counter() - begun)
-        if world.is_main:
+                    seconds[name].append(time.perf_counter() - started)
+        if world.is_main_process:
             print(json.dumps(seconds))
 
 
@@ -153,7 +127,7 @@ def run(data: str, world_size: int, batch: int, rounds: int) -> dict[str, list[f
 
 def table(world_size: int, seconds: dict[str, list[float]]) -> list[str]:
     """Lines of the table; the ratio is to the step alone, as communication is judged by."""
-    base = statistics.median(seconds.get(ALONE, seconds[TOGETHER]))
+    base = statistics.median(seconds.get(ALONE, seconds[DDP]))
     lines = []
     for name, values in seconds.items():
         middle = statistics.median(values)

@@ -15,35 +15,45 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
 from benchmarks.jobs import train
 from mnist_dist.config import TrainConfig, parse_config
 from mnist_dist.data import find_data, load
 from mnist_dist.distributed.launcher import Launch
-from mnist_dist.distributed.world import join
-from mnist_dist.evaluation import evaluate, train_epoch
-from mnist_dist.sampling import Sharding
-from mnist_dist.steps import Choice, build_step
-from train_ddp import build_state
+from mnist_dist.distributed.world import init_distributed
+from mnist_dist.evaluation import evaluate
+from mnist_dist.model import build_model
+from mnist_dist.optimizer import build_optimizer
+from mnist_dist.sampling import Sharding, global_batches
+from train_ddp import train_step
 
 
 def training_until(target: float, config: TrainConfig) -> tuple[float, float]:
-    """Epochs, and seconds of them, until the test accuracy is `target`; nan if it never is."""
+    """Return epochs, and seconds of training, until the test accuracy is `target`; nan if never."""
     seconds = 0.0
-    with join(Launch("alone"), config.device, config.backend) as world:
+    with init_distributed(Launch("none"), config.device, config.backend) as world:
         dataset = load(find_data(config.data, config.cache_dir)).to(world.device)
-        split = dataset.train
-        sharding = Sharding(len(split), config.global_batch_size, 0, 1, config.seed)
-        state = build_state(config, dataset, sharding, world.device)
-        step = build_step(state.model, state.optimizer, world, Choice())
+        sharding = Sharding(len(dataset.train), config.global_batch_size, 0, 1)
+        torch.manual_seed(config.seed)
+        model, steps = build_model(), config.epochs * sharding.steps_per_epoch
+        optimizer, scheduler = build_optimizer(
+            model, config.lr, config.momentum, config.weight_decay, config.schedule, steps
+        )
+        sampler = DistributedSampler[Tensor](dataset.train, 1, 0, seed=config.seed)
         for epoch in range(config.epochs):
+            sampler.set_epoch(epoch)
             started = time.perf_counter()
-            for loss_sum in train_epoch(
-                step, state.scheduler, split, sharding, epoch, random_shift=config.random_shift
+            for images, labels, size in global_batches(
+                dataset.train, sampler, sharding, max_shift=config.random_shift
             ):
-                state.count_step(loss_sum)
-            state.settle()
+                train_step(model, optimizer, images, labels, 1 / size)
+                if scheduler is not None:
+                    scheduler.step()
             seconds += time.perf_counter() - started
-            if evaluate(state.model, dataset.test, world).accuracy >= target:
+            if evaluate(model, dataset.test, world).accuracy >= target:
                 return epoch + 1, seconds
     return math.nan, math.nan
 

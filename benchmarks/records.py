@@ -18,19 +18,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from benchmarks.stepping import Stepper
 from mnist_dist.data import Dataset, find_data, load
 from mnist_dist.distributed.launcher import read_launch
-from mnist_dist.distributed.world import World, join
-from mnist_dist.evaluation import evaluate, train_epoch
-from mnist_dist.model import MLP
-from mnist_dist.optimizer import FlatSGD
-from mnist_dist.run.console import Console, Course
+from mnist_dist.distributed.world import World, init_distributed
+from mnist_dist.evaluation import evaluate
+from mnist_dist.optimizer import gradient_norm
+from mnist_dist.run.console import Console, RunLength
 from mnist_dist.run.metrics import EpochPlots, MetricsWriter, should_log_plots
-from mnist_dist.run.state import TrainState
-from mnist_dist.sampling import Sharding
-from mnist_dist.steps import Choice, build_step
 
 _LEVELS = ("nothing", "minimal", "full")
 
@@ -46,29 +41,25 @@ class Training:
     directory: Path
 
     def __post_init__(self) -> None:
-        torch.manual_seed(0)
-        model = MLP()
-        optimizer = FlatSGD(model, lr=0.01, momentum=0.0, weight_decay=0.0)
-        self.state = TrainState(model, optimizer, None, {})
-        self.step = build_step(model, optimizer, self.world, Choice())
-        self.sharding = Sharding(len(self.dataset.train), 64, 0, 1, seed=0)
+        self.stepper = Stepper(self.world, self.dataset.train, 64)
+        self.state, self.sharding = self.stepper.state, self.stepper.sharding
         samples, steps = self.sharding.samples, self.sharding.steps_per_epoch
-        self.course = Course(self.epochs, steps, samples, 1, done=0)
+        self.length = RunLength(self.epochs, steps, samples, 1, done=0)
         self.metrics = MetricsWriter(self.directory, warn=print)
         if self.level != "nothing":
             self.metrics.open(0, {}, {})
 
     def epoch(self) -> float:
         """Train, validate and record an epoch; the seconds that it took."""
-        state, begun = self.state, time.perf_counter()
+        state, started = self.state, time.perf_counter()
         number = state.epoch + 1
         drawn = self.level == "full" and should_log_plots(number, self.epochs)
-        console = Console(speaks=self.level != "nothing")
-        with console.progress(self.course) as progress:
-            for loss_sum in train_epoch(self.step, None, self.dataset.train, self.sharding, number):
+        console = Console(enabled=self.level != "nothing")
+        with console.progress(self.length) as progress:
+            for loss_sum in self.stepper.epoch(number):
                 state.count_step(loss_sum)
                 progress.step(state.step, loss_sum)
-            state.settle()
+            state.drain_losses()
             loss = state.loss_sum / self.sharding.samples
             split = self.dataset.validation
             validation = evaluate(state.model, split, self.world, 16 if drawn else 0)
@@ -76,7 +67,7 @@ class Training:
             if self.level != "nothing":
                 figures = {"train/loss": loss, "val/loss": validation.loss, "lr": 0.01}
                 figures |= {"val/accuracy": validation.accuracy, "perf/step_ms": 0.0}
-                figures["train/gradient_norm"] = self.step.gradient_norm() or 0.0
+                figures["train/gradient_norm"] = gradient_norm(state.model.parameters()) or 0.0
                 figures["perf/samples_per_second"] = 0.0
                 if drawn:
                     wrong = validation.most_confident_errors
@@ -87,12 +78,15 @@ class Training:
                     self.metrics.add_scalar(tag, value, state.step)
                 self.metrics.commit(state.epoch, state.step)
                 progress.epoch(state.epoch, state.step, figures, best)
-        return time.perf_counter() - begun
+        return time.perf_counter() - started
 
 
 def measure(data: str, epochs: int) -> None:
     """Print a row for each level."""
-    with join(read_launch({}), "cpu", "auto") as world, tempfile.TemporaryDirectory() as directory:
+    with (
+        init_distributed(read_launch({}), "cpu", "auto") as world,
+        tempfile.TemporaryDirectory() as directory,
+    ):
         dataset = load(find_data(data, None))
         trainings = []
         for level in _LEVELS:
@@ -125,8 +119,8 @@ def main() -> None:
     print("\n| import, after torch | ms, the least of 5 |\n|---|---|")
     for module in ("torch.utils.tensorboard", "mnist_dist.run.tensorboard", "mnist_dist.run.plots"):
         program = (
-            "import torch, time, mnist_dist; begun = time.perf_counter(); "
-            f"import {module}; print(time.perf_counter() - begun)"
+            "import torch, time, mnist_dist; started = time.perf_counter(); "
+            f"import {module}; print(time.perf_counter() - started)"
         )
         command = [sys.executable, "-c", program]
         times = [float(subprocess.check_output(command)) for _ in range(5)]

@@ -22,17 +22,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.parts import step_alone
+from benchmarks.stepping import Stepper
 from mnist_dist.data import find_data, load
+from mnist_dist.distributed.devices import cpus_allowed
 from mnist_dist.distributed.launcher import read_launch
-from mnist_dist.distributed.shared_memory import HostSum
-from mnist_dist.distributed.threads import cpus_allowed
-from mnist_dist.distributed.world import World, join
-from mnist_dist.evaluation import train_epoch
-from mnist_dist.model import MLP
-from mnist_dist.optimizer import FlatSGD
-from mnist_dist.sampling import Sharding
-from mnist_dist.steps import Choice, build_step
+from mnist_dist.distributed.shared_memory import SharedMemoryAllReduce
+from mnist_dist.distributed.world import World, init_distributed
 
 _INSIDE = "--inside"
 _STEPS = 100
@@ -48,15 +43,12 @@ _GPU = {"c0": 40e-6, "c1": 10e-9, "hop_near": 4e-6, "hop_far": 10e-6, "beta": 1 
 
 def step_seconds(world: World, data: str, batch: int, rounds: int, alone: bool) -> float:
     """The median of a step's seconds, with or without the sum over the ranks."""
-    model = MLP()
-    optimizer = FlatSGD(model, 0.001, 0, 0)
-    step = step_alone(model, optimizer) if alone else build_step(model, optimizer, world, Choice())
     train = load(find_data(data, None)).train
-    sharding = Sharding(len(train), batch, world.rank, world.world_size, seed=0)
+    stepper = Stepper(world, train, batch, communicate=not alone)
 
     def steps() -> Iterator[object]:
         for epoch in range(10**6):
-            yield from train_epoch(step, None, train, sharding, epoch)
+            yield from stepper.epoch(epoch)
 
     endless = steps()
     return _median(world, rounds, lambda: [next(endless) for _ in range(_STEPS)]) / _STEPS
@@ -64,14 +56,14 @@ def step_seconds(world: World, data: str, batch: int, rounds: int, alone: bool) 
 
 def sum_seconds(world: World, size: int, rounds: int) -> float:
     """The median of the seconds that one sum in shared memory takes."""
-    host_sum, values = HostSum(world, size, timeout=60), torch.zeros(size)
+    all_reduce, values = SharedMemoryAllReduce(world, size, timeout=60), torch.zeros(size)
 
     def sums() -> None:
         for _ in range(_STEPS):
-            host_sum.add_up(values)
+            all_reduce(values)
 
     seconds = _median(world, rounds, sums) / _STEPS
-    host_sum.close()
+    all_reduce.close()
     return seconds
 
 
@@ -79,16 +71,16 @@ def _median(world: World, rounds: int, work: Callable[[], object]) -> float:
     seconds = []
     for _ in range(rounds + 1):
         world.barrier()
-        begun = time.perf_counter()
+        started = time.perf_counter()
         work()
         world.barrier()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])  # the first warms up
 
 
 def inside(data: str, rounds: int) -> None:
     """Be one rank; rank 0 prints what was measured."""
-    with join(read_launch(), "cpu", "auto") as world:
+    with init_distributed(read_launch(), "cpu", "auto") as world:
         torch.set_num_threads(1)
         found: dict[str, dict[int, float]] = {}
         if world.world_size == 1:
@@ -98,7 +90,7 @@ def inside(data: str, rounds: int) -> None:
         if world.world_size == 2:
             found["sums"] = {size: sum_seconds(world, size, rounds) for size in _FIT_SIZES}
         found["steps"] = {b: step_seconds(world, data, b, rounds, alone=False) for b in _BATCHES}
-        if world.is_main:
+        if world.is_main_process:
             print(json.dumps(found))
 
 
