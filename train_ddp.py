@@ -96,6 +96,7 @@ def validate(job: Job, state: TrainState, metrics: dict[str, float], progress: P
     """Validate on all ranks; log the metrics and save a checkpoint on rank 0."""
     config, world = job.config, job.world
     with_plots = config.tensorboard == "full" and should_log_plots(state.epoch + 1, config.epochs)
+    # All-reduces float64 sums, so that every sample counts once whatever does not divide by what.
     validation = evaluate(state.model, job.dataset.validation, world, 16 if with_plots else 0)
     improved = state.finish_epoch(validation.loss)
     metrics |= {"val/loss": validation.loss, "val/accuracy": validation.accuracy}

@@ -1,7 +1,7 @@
 """`--step manual`: the MLP's forward and backward pass written out, on CPUs.
 
-Everything that only this step needs is in this package: train_ddp.py imports it on demand, nothing
-else does. To remove it, delete the package and the two places that grep finds for `manual`.
+Everything that only this step needs is in this package; mnist_dist/job.py imports it on demand. To
+remove it, delete the package and the branches that `grep manual` finds in job.py and config.py.
 """
 
 from mnist_dist.fast.manual_step import ManualStep as ManualStep

@@ -75,15 +75,17 @@ def plain_loop(
     return model.state_dict(), epoch_losses
 
 
+@pytest.mark.parametrize("step", ["ddp", "manual"])
 @pytest.mark.parametrize(
     ("samples", "batch_size", "bitwise"),
     [(960, 64, True), (1003, 50, False)],
     ids=["powers-of-two", "uneven"],
 )
 def test_one_process_equals_a_plain_loop(
-    samples: int, batch_size: int, bitwise: bool, tmp_path: Path
+    samples: int, batch_size: int, bitwise: bool, step: str, tmp_path: Path
 ) -> None:
     flags = ["--data=bundled", f"--train-samples={samples}", f"--global-batch-size={batch_size}"]
+    flags.append(f"--step={step}")
     run = completed_run(tmp_path, 1, *flags, "--epochs=3", "--lr=0.05", "--seed=5")
     split = load(find_data("bundled", None)).first_training_samples(samples).train
     threads = torch.get_num_threads()
