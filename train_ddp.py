@@ -42,7 +42,8 @@ def train(config: TrainConfig, launch: Launch) -> None:
             model, config.lr, config.momentum, config.weight_decay, config.schedule, job.total_steps
         )
         state = TrainState(model, optimizer, scheduler, job.hyperparameters)
-        if job.resume(state):
+        job.resume(state)
+        if job.is_complete(state):
             job.console.print(f"{job.run}: already complete; --epochs N trains up to N epochs")
             return
         sync = RankSync(job.world, job.save_every_seconds)  # catches signals from here on
@@ -58,15 +59,15 @@ def fit(job: Job, state: TrainState, sync: RankSync) -> None:
     if world.world_size > 1 and config.step == "ddp":
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     step, all_reduce_seconds = job.build_step(state, model, applied, train_step)
-    sampler = DistributedSampler[Tensor](split, world.world_size, world.rank, seed=config.seed)
+    sampler = DistributedSampler[int](split, world.world_size, world.rank, seed=config.seed)
     with job.console.progress(job.run_length(state.step)) as progress:
         while state.epoch < config.epochs:
             sampler.set_epoch(state.epoch)  # a new permutation, the same on every rank
             timer = EpochTimer(sharding, state.batch, all_reduce_seconds)
-            for images, labels, batch_size in global_batches(
+            for images, labels, global_size in global_batches(
                 split, sampler, sharding, state.batch, config.random_shift
             ):
-                loss = step(model, state.optimizer, images, labels, world.world_size / batch_size)
+                loss = step(model, state.optimizer, images, labels, world.world_size / global_size)
                 if state.scheduler is not None:
                     state.scheduler.step()
                 state.count_step(loss)
@@ -114,7 +115,7 @@ def test(job: Job, state: TrainState) -> None:
     metrics = {"test/loss": result.loss, "test/accuracy": result.accuracy}
     plots = EpochPlots("test", result.confusion) if job.config.tensorboard == "full" else None
     log(job, state, metrics, plots, {"test/accuracy_by_digit": result.accuracy_by_class})
-    job.print_summary(state, result)
+    job.finish_run(state, result)
 
 
 def log(

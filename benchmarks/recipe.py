@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from benchmarks.jobs import train
@@ -42,7 +41,7 @@ def training_until(target: float, config: TrainConfig) -> tuple[float, float]:
         optimizer, scheduler = build_optimizer(
             model, config.lr, config.momentum, config.weight_decay, config.schedule, steps
         )
-        sampler = DistributedSampler[Tensor](dataset.train, 1, 0, seed=config.seed)
+        sampler = DistributedSampler[int](dataset.train, 1, 0, seed=config.seed)
         for epoch in range(config.epochs):
             sampler.set_epoch(epoch)
             started = time.perf_counter()

@@ -70,7 +70,7 @@ class Stepper:
     def epoch(self, number: int) -> Iterator[Tensor]:
         """Train epoch `number`; yield each step's summed loss."""
         sharding = self.sharding
-        sampler = DistributedSampler[Tensor](self._split, sharding.world_size, sharding.rank)
+        sampler = DistributedSampler[int](self._split, sharding.world_size, sharding.rank)
         sampler.set_epoch(number)
         for images, labels, size in global_batches(self._split, sampler, sharding):
             scale = sharding.world_size / size

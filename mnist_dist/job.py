@@ -86,13 +86,10 @@ class Job:
             epochs, sharding.steps_per_epoch, sharding.samples, sharding.world_size, step
         )
 
-    def resume(self, state: TrainState) -> bool:
+    def resume(self, state: TrainState) -> None:
         """Open the run directory and load its newest checkpoint, if any, into `state`.
 
         Nodes need not share a disk: the one with the newest checkpoint sends it to all.
-
-        Returns:
-            Whether the run is complete already.
         """
         config, world, run = self.config, self.world, self.run
 
@@ -105,7 +102,7 @@ class Job:
             )
 
         saved, damaged = world.run_on_all(find)
-        status, had_checkpoint = world.on_main(lambda: (run.status, run.had_checkpoint))
+        had_checkpoint = world.on_main(lambda: run.had_checkpoint)
         for line in damaged:
             self.console.warn(f"{line}; using an older checkpoint")
         steps = world.gather(-1 if saved is None else int(saved["step"]))
@@ -126,7 +123,11 @@ class Job:
                 f"best.pt in {run} is missing or damaged: the best epoch from here counts"
             )
             state.best_loss = float("inf")
-        return status == "completed" and state.epoch == config.epochs
+
+    def is_complete(self, state: TrainState) -> bool:
+        """Return whether the run has nothing left to do; every rank must call this."""
+        is_marked = self.world.on_main(lambda: self.run.status) == "completed"
+        return is_marked and state.epoch == self.config.epochs
 
     def start_run(self, state: TrainState) -> None:
         """Check that the ranks' weights agree, then record and print what runs where."""
@@ -274,8 +275,8 @@ class Job:
         ]
         return EpochPlots("val", validation.confusion, errors, state.model)
 
-    def print_summary(self, state: TrainState, result: Evaluation) -> None:
-        """Complete the run: record and print the results, and the commands to go on with."""
+    def finish_run(self, state: TrainState, result: Evaluation) -> None:
+        """Mark the run as completed, and print its results and the commands to go on with."""
         run, config, console = self.run, self.config, self.console
         results = summary_fields(run.writer.records, state.best_epoch, result)
         self.world.on_main(lambda: run.finish(dict(results)))
