@@ -127,8 +127,11 @@ class LiveJob:
             time.sleep(0.01)
 
     def until_training(self) -> None:
-        """Wait until the first epoch has been recorded in this start of the job."""
-        self.until(lambda: "epoch " in self.output.partition("run    ")[2] or self.ended)
+        """Wait until the first epoch has been recorded in this start of the job.
+
+        Lines of progress within an epoch name it, too, but do not start with it.
+        """
+        self.until(lambda: "\nepoch " in self.output.partition("run    ")[2] or self.ended)
 
     @property
     def trains(self) -> bool:
