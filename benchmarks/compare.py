@@ -1,11 +1,11 @@
-"""Seconds an epoch takes, ours and the peers', on the same work, interleaved in one run.
+"""Time an epoch of the job and of its peers on the same work, interleaved in one run.
 
 python -m benchmarks.compare --data ../shared/data/mnist.pkl.gz --world-sizes 1 2 4 --rounds 3
 
-An epoch is training and validation; ours is the whole job of 25 epochs, the default, with its
-records and checkpoints. Every contender runs as a job of its own, one after another, as often as
-there are rounds; the first epoch of each job warms up and does not count. Then follow the tables of
-`benchmarks.parts` and `benchmarks.start`. `pip install -e '.[compare]'` installs the peers.
+An epoch is training and validation. Ours, with either --step, is the whole job of 25 epochs (the
+default) with its records and checkpoints. In each round every contender runs once, as its own job,
+whose first epoch is a warm-up and does not count. The tables of `benchmarks.parts` and
+`benchmarks.start` follow. `pip install -e '.[compare]'` installs the peers.
 """
 
 import argparse
@@ -25,15 +25,16 @@ from benchmarks.peers import PEERS, Work
 
 OURS = {"mnist-dist": "ddp", "mnist-dist --step manual": "manual"}
 _OTHER = "{}: not training"
+HEADER = "| processes | | s an epoch | from to | times ddp | times manual |"
 _INSIDE = "--inside"
 
 
 def epochs_of_ours(work: Work, processes: int, step: str) -> tuple[list[float], float]:
-    """Each epoch of the real job but the first, from its own record.
+    """Run the real job and read its metrics.jsonl.
 
     Returns:
-        Its seconds; and the share of them all that was not training but validation, records and
-        checkpoints.
+        Seconds of each epoch but the first; and the share of their total that was not training but
+        validation, records and checkpoints.
     """
     with tempfile.TemporaryDirectory() as directory:
         flags = [f"--data={work.data}", f"--global-batch-size={work.global_batch_size}"]
@@ -47,7 +48,7 @@ def epochs_of_ours(work: Work, processes: int, step: str) -> tuple[list[float], 
 
 
 def epochs_of_peer(name: str, work: Work, processes: int) -> list[float]:
-    """The same of a peer, in a job of its own."""
+    """Run a peer's job; return the seconds of each epoch but the first."""
     words = ["-m", "benchmarks.compare", _INSIDE, name, "--data", work.data]
     words += ["--epochs", str(work.epochs), "--batch", str(work.global_batch_size)]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -64,15 +65,15 @@ def epochs_of_peer(name: str, work: Work, processes: int) -> list[float]:
 
 
 def run_inside(name: str, work: Work) -> NoReturn:
-    """Be one process of a peer's job."""
+    """Run one process of a peer's job."""
     seconds = list(PEERS[name](work))
     if os.environ.get("RANK", "0") == "0":
         Path(os.environ["BENCHMARK_RESULT"]).write_text(json.dumps(seconds))
-    os._exit(0)  # left to the interpreter's end, gloo's threads abort the process now and then
+    os._exit(0)  # gloo's threads sometimes abort a process that ends normally
 
 
 def measure(work: Work, processes: int, rounds: int, names: list[str]) -> dict[str, list[float]]:
-    """Seconds of all epochs of each contender; the contenders take turns."""
+    """Return the seconds of each contender's epochs; the contenders take turns."""
     shares = {name: _OTHER.format(name) for name in OURS}
     seconds: dict[str, list[float]] = {n: [] for n in (*OURS, *names, *shares.values())}
     for _ in range(rounds):
@@ -86,7 +87,7 @@ def measure(work: Work, processes: int, rounds: int, names: list[str]) -> dict[s
 
 
 def table(processes: int, seconds: dict[str, list[float]]) -> list[str]:
-    """Lines of the table: medians, spread, and how many times faster ours is with either step."""
+    """Return the table's lines: median, spread, and the ratio to ours with either step."""
     ddp, manual = (statistics.median(seconds[name]) for name in OURS)
     lines = []
     for name, values in seconds.items():
@@ -105,9 +106,9 @@ def main() -> None:
     """Print one table for all world sizes, or with --json one object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--data", default="auto", help="as of train_ddp.py")
+    parser.add_argument("--data", default="auto", help="as for train_ddp.py")
     parser.add_argument("--batch", type=int, default=64, help="global batch size")
-    parser.add_argument("--epochs", type=int, default=3, help="of a peer's job; the first warms up")
+    parser.add_argument("--epochs", type=int, default=3, help="of a peer's job, with the warm-up")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--epochs-only", action="store_true", help="the first table only")
@@ -125,30 +126,25 @@ def main() -> None:
 
 
 def everything(
-    chosen: argparse.Namespace, work: Work, say: Callable[[list[str]], None]
+    chosen: argparse.Namespace, work: Work, show: Callable[[list[str]], None]
 ) -> dict[str, Any]:
-    """Measure all there is to measure, and say each table's lines as they come."""
+    """Measure everything; `show` each table's lines as they are ready."""
     found: dict[str, Any] = {"epochs": {}, "parts": {}}
-    say(
-        [
-            "| processes | | s an epoch | from to | times ddp | times manual |",
-            "|---|---|---|---|---|---|",
-        ]
-    )
+    show([HEADER, "|---" * 6 + "|"])
     for processes in chosen.world_sizes:
-        # The original knows one process only.
+        # The original runs on one process only.
         names = [n for n in chosen.peers if processes == 1 or n != "original script"]
         found["epochs"][processes] = measure(work, processes, chosen.rounds, names)
-        say(table(processes, found["epochs"][processes]))
+        show(table(processes, found["epochs"][processes]))
     if chosen.epochs_only:
         return found
-    say(["", *parts.HEADER.splitlines()])
+    show(["", *parts.HEADER.splitlines()])
     for processes in chosen.world_sizes:
         seconds = parts.run(work.data, processes, work.global_batch_size, chosen.rounds)
         found["parts"][processes] = seconds
-        say(parts.table(processes, seconds))
+        show(parts.table(processes, seconds))
     found["start"] = start.measure(work.data, chosen.rounds)
-    say(["", *start.table(found["start"])])
+    show(["", *start.table(found["start"])])
     return found
 
 

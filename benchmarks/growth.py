@@ -1,8 +1,8 @@
-"""How cost grows: ten times the data, and up to 16 processes.
+"""Measure how cost grows with ten times the data and with up to 16 processes.
 
 python -m benchmarks.growth --data ../shared/data/mnist.pkl.gz
 
-The larger set is every image ten times over. Memory is as in `benchmarks.start`, per process.
+The larger data set holds every image ten times. Memory is that of `benchmarks.start`, per process.
 """
 
 import argparse
@@ -23,7 +23,7 @@ _PROCESSES = [1, 2, 4, 8, 16]
 
 
 def write_larger(data: str, file: Path) -> None:
-    """An .npz like Keras's, of which the last sixth of the training images is for validation."""
+    """Write an .npz like Keras's; its loader holds out the last sixth for validation."""
     splits = load(find_data(data, None))
     both = (splits.train, splits.validation)
     arrays = {
@@ -37,36 +37,41 @@ def write_larger(data: str, file: Path) -> None:
 
 
 def by_data(data: str, directory: Path) -> Iterator[str]:
-    """Lines of a table: one data set beside the other."""
+    """Yield the lines of a table with a row for each data set."""
     larger = directory / "larger.npz"
     write_larger(data, larger)
     yield (
-        "| data | training samples | convert, once a host, s | read from the cache, s "
+        "| data | training samples | convert, once a node, s | read from the cache, s "
         "| s an epoch | us a sample | MiB a process |"
     )
     yield "|---" * 7 + "|"
     for name, path in (("full", data), (f"{_TIMES} times", str(larger))):
         os.environ["MNIST_DIST_CACHE"] = str(directory / f"cache-{name}")
         convert, read = (float(start.run_python(start.READ, path)) for _ in range(2))
-        seconds, samples = epoch(directory / name, 1, path), len(load(find_data(path, None)).train)
-        figures = [f"{convert:.2f}", f"{read:.3f}", f"{seconds:.2f}"]
-        figures += [f"{1e6 * seconds / samples:.1f}", f"{start.our_memory(path, 1):.0f}"]
-        yield "| " + " | ".join([name, f"{samples:,}", *figures]) + " |"
+        seconds, samples = (
+            epoch_seconds(directory / name, 1, path),
+            len(load(find_data(path, None)).train),
+        )
+        cells = [f"{convert:.2f}", f"{read:.3f}", f"{seconds:.2f}"]
+        cells += [f"{1e6 * seconds / samples:.1f}", f"{start.our_memory(path, 1):.0f}"]
+        yield "| " + " | ".join([name, f"{samples:,}", *cells]) + " |"
 
 
 def by_processes(data: str, directory: Path) -> Iterator[str]:
-    """Lines of a table: a row for each number of processes."""
+    """Yield the lines of a table with a row for each number of processes."""
     yield "| processes | start to first step, s | s an epoch | MiB a process |"
     yield "|---" * 4 + "|"
     for processes in _PROCESSES:
-        begun = start.started(start.OUR_START, "--data", data, processes=processes)
-        seconds = epoch(directory / str(processes), processes, data)
+        first_step = start.seconds_until_output(
+            start.OUR_START, "--data", data, processes=processes
+        )
+        seconds = epoch_seconds(directory / str(processes), processes, data)
         memory = start.our_memory(data, processes) / processes
-        yield f"| {processes} | {begun:.1f} | {seconds:.2f} | {memory:.0f} |"
+        yield f"| {processes} | {first_step:.1f} | {seconds:.2f} | {memory:.0f} |"
 
 
-def epoch(run: Path, processes: int, data: str) -> float:
-    """Seconds of training and validating an epoch."""
+def epoch_seconds(run: Path, processes: int, data: str) -> float:
+    """Return the median of the seconds to train and validate an epoch."""
     records = train(run, processes, f"--data={data}", "--epochs=4")
     return statistics.median(seconds for seconds, _ in epochs_after_the_first(records))
 
@@ -74,7 +79,7 @@ def epoch(run: Path, processes: int, data: str) -> float:
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="auto", help="as of train_ddp.py")
+    parser.add_argument("--data", default="auto", help="as for train_ddp.py")
     chosen = parser.parse_args()
     data = chosen.data if chosen.data in ("auto", "bundled") else str(Path(chosen.data).resolve())
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""The same run at several world sizes: how far apart are the curves?
+"""Compare the loss curves of the same run at several world sizes.
 
 python -m benchmarks.invariance --world-sizes 1 2 4
 """
@@ -15,7 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="auto")
     parser.add_argument("--recipe", default="baseline")
-    parser.add_argument("--global-batch-size", type=int, help="the recipe's, if not given")
+    parser.add_argument("--global-batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
     chosen = parser.parse_args()
     flags = [f"--data={chosen.data}", f"--recipe={chosen.recipe}"]
@@ -32,9 +32,9 @@ def main() -> None:
             *epochs, test = train(run, world_size, *flags)
         losses = [epoch["val/loss"] for epoch in epochs]
         first = first or losses
-        apart = max(abs(a - b) / b for a, b in zip(losses, first, strict=True))
+        difference = max(abs(a - b) / b for a, b in zip(losses, first, strict=True))
         print(
-            f"| {world_size} | {losses[-1]:.6f} | {test['test/accuracy']:.2%} | {apart:.1e} |",
+            f"| {world_size} | {losses[-1]:.6f} | {test['test/accuracy']:.2%} | {difference:.1e} |",
             flush=True,
         )
 

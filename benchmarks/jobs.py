@@ -1,4 +1,4 @@
-"""Run the real job as a user would, and read what it recorded."""
+"""Run the real job from its command line and read its metrics.jsonl."""
 
 import itertools
 import json
@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def train(run_dir: Path, processes: int, *flags: str) -> list[dict[str, Any]]:
-    """Train in `run_dir` on `processes` processes; the objects of its metrics.jsonl.
+    """Train in `run_dir` on `processes` processes; return the objects of its metrics.jsonl.
 
     Raises:
-        subprocess.CalledProcessError: the job did not end well; its output is on the console.
+        subprocess.CalledProcessError: the job failed; its error is on stderr.
     """
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     launcher = torchrun if processes > 1 else []
@@ -26,6 +26,9 @@ def train(run_dir: Path, processes: int, *flags: str) -> list[dict[str, Any]]:
 def epochs_after_the_first(
     records: list[dict[str, Any]],
 ) -> list[tuple[float, dict[str, Any]]]:
-    """Seconds of each epoch but the first, validation and records included; what it recorded."""
+    """Return seconds, validation and records included, and record of each epoch but the first."""
     epochs = [record for record in records if "val/loss" in record]
-    return [(own["time"] - last["time"], own) for last, own in itertools.pairwise(epochs)]
+    return [
+        (record["time"] - previous["time"], record)
+        for previous, record in itertools.pairwise(epochs)
+    ]

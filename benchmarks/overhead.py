@@ -1,4 +1,4 @@
-"""The cost of the ranks' syncs and of comparing weights: epochs with and without, interleaved.
+"""Time epochs with and without the ranks' syncs and comparison of weights, interleaved.
 
 python -m benchmarks.overhead --world-sizes 1 2 4
 """
@@ -13,11 +13,13 @@ import torch
 
 from benchmarks.stepping import Stepper
 from mnist_dist.data import find_data, load
+from mnist_dist.distributed.devices import set_threads
 from mnist_dist.distributed.launcher import read_launch
 from mnist_dist.distributed.sync import RankSync
 from mnist_dist.distributed.world import World, init_distributed
 
 _INSIDE = "--inside"
+_BATCH = 64
 _PAIRS = {1: 100, 2: 40, 4: 24}
 
 
@@ -26,24 +28,25 @@ def epoch_seconds(world: World, stepper: Stepper, sync: RankSync, checked: bool)
     state = stepper.state
     world.barrier()
     started = time.perf_counter()
-    for loss_sum in stepper.epoch(0):
-        state.count_step(loss_sum)
+    for batch in stepper.batches(epoch=0):
+        state.count_step(stepper.step(*batch))
         if checked and sync.should_sync():
             sync.sync(state.drain_losses())
     bad_step = state.drain_losses()
     if checked:
         sync.sync(bad_step, state.sync_payload(world))
-    else:  # the loss is summed in any case
+    else:  # an epoch's loss is summed without checks, too
         world.all_reduce_sum(torch.tensor([state.loss_sum], dtype=torch.float64))
     world.barrier()
     return time.perf_counter() - started
 
 
 def measure(data: str, pairs: int | None) -> None:
-    """Print this world size's row; runs in every rank."""
+    """Run one rank; rank 0 prints this world size's row."""
     with init_distributed(read_launch(), "cpu", "auto") as world:
+        set_threads(world.launch, _BATCH // world.world_size)
         split = load(world.once_per_host(lambda: find_data(data, None))).train
-        stepper, sync = Stepper(world, split, 64), RankSync(world)
+        stepper, sync = Stepper(world, split, _BATCH), RankSync(world)
         seconds: dict[bool, list[float]] = {True: [], False: []}
         count = pairs or _PAIRS.get(world.world_size, 10)
         for number in range(count + 1):
@@ -57,20 +60,20 @@ def measure(data: str, pairs: int | None) -> None:
 
 
 def row(world_size: int, steps: int, seconds: dict[bool, list[float]]) -> str:
-    """A line of the table: the medians, and how the pairs' differences are spread."""
+    """Return the table's line: medians, and median and quartiles of the pairs' differences."""
     on, off = (statistics.median(seconds[checked]) for checked in (True, False))
     pairs = [a / b - 1 for a, b in zip(seconds[True], seconds[False], strict=True)]
     low, middle, high = statistics.quantiles(pairs, n=4)
-    figures = [f"{off:.3f}", f"{on:.3f}", f"{middle:+.1%}", f"{low:+.1%} to {high:+.1%}"]
-    return "| " + " | ".join(map(str, [world_size, steps, len(pairs), *figures])) + " |"
+    cells = [f"{off:.3f}", f"{on:.3f}", f"{middle:+.1%}", f"{low:+.1%} to {high:+.1%}"]
+    return "| " + " | ".join(map(str, [world_size, steps, len(pairs), *cells])) + " |"
 
 
 def main() -> None:
     """Print one row per world size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--data", default="auto", help="as of train_ddp.py")
-    parser.add_argument("--pairs", type=int, help="epochs with and without, each")
+    parser.add_argument("--data", default="auto", help="as for train_ddp.py")
+    parser.add_argument("--pairs", type=int, help="number of pairs of epochs")
     parser.add_argument(_INSIDE, action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.inside:

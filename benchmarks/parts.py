@@ -1,8 +1,8 @@
-"""The parts of an epoch: bare matrix products, steps with and without communication, evaluation.
+"""Time the parts of an epoch: matrix products, steps with and without communication, evaluation.
 
 python -m benchmarks.parts --data ../shared/data/mnist.pkl.gz --world-sizes 1 2 4
 
-The kinds take turns within one run. All but evaluations train an epoch.
+The parts take turns within one run. All but evaluation take an epoch's steps.
 """
 
 import argparse
@@ -17,58 +17,58 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.stepping import Kind, Stepper
-from mnist_dist.data import find_data, load
+from benchmarks.stepping import Kind, Stepper, Transport
+from mnist_dist.data import Dataset, find_data, load
+from mnist_dist.distributed.devices import set_threads
 from mnist_dist.distributed.launcher import read_launch
 from mnist_dist.distributed.world import World, init_distributed
 from mnist_dist.evaluation import evaluate
 from mnist_dist.model import MLP
-from mnist_dist.sampling import Sharding
 
 _INSIDE = "--inside"
-BARE, ALONE, DDP, BACKEND, MANUAL, MANUAL_BACKEND, EVALUATION = (
-    "bare matrix products",
-    "step without communication",
-    "step",
-    "step, gradients over gloo",
-    "manual step",
-    "manual step, gradients over gloo",
-    "evaluation",
-)
+HEADER = "| processes | an epoch's | s | from to | times the local step |\n|---|---|---|---|---|"
+MATRIX_PRODUCTS, EVALUATION = "matrix products", "evaluation"
+LOCAL_STEP, MANUAL_STEP = "local step", "manual step"
+STEPS: dict[str, tuple[Kind, Transport]] = {
+    LOCAL_STEP: ("local", "none"),
+    "DDP step": ("ddp", "shared memory"),
+    "DDP step without communication": ("ddp", "none"),
+    "DDP step over gloo": ("ddp", "gloo"),
+    MANUAL_STEP: ("manual", "shared memory"),
+    "manual step without communication": ("manual", "none"),
+    "manual step over gloo": ("manual", "gloo"),
+}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The kinds of one rank."""
+    """What one rank times."""
 
     world: World
-    sharding: Sharding
-    data: str
+    dataset: Dataset
+    batch: int
+    """Global batch size."""
 
-    def kinds(self) -> dict[str, Callable[[int], object]]:
-        """What to time, by name; each is called with the epoch's number."""
-        world = self.world
-        kinds: dict[str, Callable[[int], object]] = {BARE: self._bare()}
-        if world.world_size > 1:
-            kinds[ALONE] = self._epoch("ddp", communicate=False)
-        kinds[DDP] = self._epoch("ddp")
-        kinds[MANUAL] = self._epoch("manual")
-        if world.world_size > 1:
-            kinds[BACKEND] = self._epoch("ddp", share_memory=False)
-            kinds[MANUAL_BACKEND] = self._epoch("manual", share_memory=False)
-        validation, model = load(find_data(self.data, None)).validation, MLP()
-        kinds[EVALUATION] = lambda _: evaluate(model, validation, world)
-        return kinds
+    def actions(self) -> dict[str, Callable[[int], object]]:
+        """Return what to time, by name; each is called with the epoch's number."""
+        world, validation, model = self.world, self.dataset.validation, MLP()
+        actions: dict[str, Callable[[int], object]] = {MATRIX_PRODUCTS: self._matrix_products()}
+        for name in STEPS if world.world_size > 1 else (LOCAL_STEP, MANUAL_STEP):
+            stepper = Stepper(world, self.dataset.train, self.batch, *STEPS[name])
+            actions[name] = stepper.train_epoch
+        actions[EVALUATION] = lambda _: evaluate(model, validation, world)
+        return actions
 
-    def _bare(self) -> Callable[[int], None]:
-        """The matrix products of all steps of an epoch, on numbers that are already there."""
-        count = max(1, self.sharding.global_batch_size // self.world.world_size)
+    def _matrix_products(self) -> Callable[[int], None]:
+        """Return the matrix products of all steps of an epoch, on random numbers."""
+        steps = -(-len(self.dataset.train) // self.batch)
+        rows = max(1, self.batch // self.world.world_size)
         sizes = (784, 128, 256, 10)
-        activations = [torch.randn(count, size) for size in sizes]
+        activations = [torch.randn(rows, size) for size in sizes]
         weights = [torch.randn(b, a) for a, b in itertools.pairwise(sizes)]
 
         def epoch(_: int) -> None:
-            for _ in range(self.sharding.steps_per_epoch):
+            for _ in range(steps):
                 for inputs, weight in zip(activations, weights, strict=False):
                     inputs.mm(weight.t())
                 for number in (2, 1, 0):
@@ -78,31 +78,19 @@ class Parts:
 
         return epoch
 
-    def _epoch(
-        self, kind: Kind, share_memory: bool = True, communicate: bool = True
-    ) -> Callable[[int], None]:
-        train, batch = load(find_data(self.data, None)).train, self.sharding.global_batch_size
-        stepper = Stepper(self.world, train, batch, kind, share_memory, communicate)
-
-        def epoch(number: int) -> None:
-            for _ in stepper.epoch(number):
-                pass
-
-        return epoch
-
 
 def measure(data: str, batch: int, rounds: int) -> None:
-    """Be one rank; rank 0 prints the seconds of every round, by kind."""
+    """Run one rank; rank 0 prints the seconds of each part's rounds as JSON."""
     with init_distributed(read_launch(), "cpu", "auto") as world:
-        samples = len(load(world.once_per_host(lambda: find_data(data, None))).train)
-        sharding = Sharding(samples, batch, world.rank, world.world_size)
-        kinds = Parts(world, sharding, data).kinds()
-        seconds: dict[str, list[float]] = {name: [] for name in kinds}
+        set_threads(world.launch, -(-batch // world.world_size))
+        dataset = load(world.once_per_host(lambda: find_data(data, None)))
+        actions = Parts(world, dataset, batch).actions()
+        seconds: dict[str, list[float]] = {name: [] for name in actions}
         for number in range(rounds + 1):
-            for name, kind in kinds.items():
+            for name, action in actions.items():
                 world.barrier()
                 started = time.perf_counter()
-                kind(number)
+                action(number)
                 world.barrier()
                 if number:  # the first round warms up
                     seconds[name].append(time.perf_counter() - started)
@@ -111,7 +99,7 @@ def measure(data: str, batch: int, rounds: int) -> None:
 
 
 def run(data: str, world_size: int, batch: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each kind at one world size, a number for each round."""
+    """Return the seconds of each part's rounds at one world size."""
     module = ["-m", "benchmarks.parts", _INSIDE, f"--data={data}", f"--batch={batch}"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     launcher = torchrun if world_size > 1 else []
@@ -126,8 +114,8 @@ def run(data: str, world_size: int, batch: int, rounds: int) -> dict[str, list[f
 
 
 def table(world_size: int, seconds: dict[str, list[float]]) -> list[str]:
-    """Lines of the table; the ratio is to the step alone, as communication is judged by."""
-    base = statistics.median(seconds.get(ALONE, seconds[DDP]))
+    """Return the table's lines: median, spread, and the ratio to the local step."""
+    base = statistics.median(seconds[LOCAL_STEP])
     lines = []
     for name, values in seconds.items():
         middle = statistics.median(values)
@@ -136,14 +124,11 @@ def table(world_size: int, seconds: dict[str, list[float]]) -> list[str]:
     return lines
 
 
-HEADER = "| processes | an epoch's | s | from to | times the step alone |\n|---|---|---|---|---|"
-
-
 def main() -> None:
-    """Print the table, or be one of its ranks."""
+    """Print the table; with --inside, run one rank."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--data", default="auto", help="as of train_ddp.py")
+    parser.add_argument("--data", default="auto", help="as for train_ddp.py")
     parser.add_argument("--batch", type=int, default=64, help="global batch size")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(_INSIDE, action="store_true", help=argparse.SUPPRESS)

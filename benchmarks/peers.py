@@ -1,8 +1,8 @@
-"""The same training with the tools that people know, each as its own documentation shows it.
+"""The same training with other libraries, each used as its documentation shows.
 
-Every function trains and validates `Work` and yields seconds when an epoch, validation included, is
-done. Tensors are in memory, as in the original script; no tool gets worker processes, which would
-only cost more here. Torchrun starts several processes of any of them.
+Every function trains and validates `Work` and yields the seconds of each epoch, validation
+included. Tensors are in memory, as in the original script; no DataLoader has worker processes,
+which would only cost more here. torchrun starts several processes of any of them.
 """
 
 import os
@@ -25,7 +25,7 @@ LR = 0.001
 
 @dataclass(frozen=True)
 class Work:
-    """What every contender does."""
+    """The work of every contender."""
 
     data: str
     epochs: int
@@ -37,11 +37,11 @@ class Work:
 
     @property
     def batch(self) -> int:
-        """Samples a process takes in a step."""
+        """Local batch size."""
         return self.global_batch_size // self.world_size
 
     def datasets(self) -> tuple[TensorDataset, TensorDataset]:
-        """Training and validation, as the original script has them: float32 pixels."""
+        """Return training and validation with float32 pixels, as in the original script."""
         data = load(find_data(self.data, None))
         return _tensors(data.train), _tensors(data.validation)
 
@@ -52,13 +52,13 @@ def _tensors(split: Split) -> TensorDataset:
 
 def clock(epochs: int, epoch: Callable[[int], object]) -> Iterator[float]:
     for number in range(epochs):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         epoch(number)
-        yield time.perf_counter() - begun
+        yield time.perf_counter() - started
 
 
 def original(work: Work, device: torch.device | str = "cpu") -> Iterator[float]:
-    """The single-process script that this project starts from; its batches go to `device`."""
+    """The single-process script that this project started from; batches are moved to `device`."""
     train, valid = work.datasets()
     train_loader = DataLoader(train, batch_size=work.batch, shuffle=True)
     valid_loader = DataLoader(valid, batch_size=2 * work.batch)
@@ -88,19 +88,19 @@ def original(work: Work, device: torch.device | str = "cpu") -> Iterator[float]:
 
 
 def ddp_tutorial(work: Work) -> Iterator[float]:
-    """The official tutorial's way: DistributedSampler, DataLoader, DistributedDataParallel."""
-    several = work.world_size > 1
-    if several:
+    """The DDP tutorial: DistributedSampler, DataLoader, DistributedDataParallel."""
+    distributed = work.world_size > 1
+    if distributed:
         dist.init_process_group("gloo")
     train, valid = work.datasets()
-    sampler: DistributedSampler[Any] | None = DistributedSampler(train) if several else None
-    train_loader = DataLoader(train, work.batch, shuffle=not several, sampler=sampler)
-    part: DistributedSampler[Any] | None = None
-    if several:
-        part = DistributedSampler(valid, shuffle=False)
-    valid_loader = DataLoader(valid, 2 * work.batch, sampler=part)
+    sampler: DistributedSampler[Any] | None = DistributedSampler(train) if distributed else None
+    train_loader = DataLoader(train, work.batch, shuffle=not distributed, sampler=sampler)
+    valid_sampler: DistributedSampler[Any] | None = None
+    if distributed:
+        valid_sampler = DistributedSampler(valid, shuffle=False)
+    valid_loader = DataLoader(valid, 2 * work.batch, sampler=valid_sampler)
     bare = MLP()
-    model: nn.Module = nn.parallel.DistributedDataParallel(bare) if several else bare
+    model: nn.Module = nn.parallel.DistributedDataParallel(bare) if distributed else bare
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
 
     def epoch(number: int) -> None:
@@ -117,7 +117,7 @@ def ddp_tutorial(work: Work) -> Iterator[float]:
             for images, labels in valid_loader:
                 loss = F.cross_entropy(model(images), labels)
                 total += torch.tensor([loss * len(images), len(images)])
-        if several:
+        if distributed:
             dist.all_reduce(total)
 
     yield from clock(work.epochs, epoch)
@@ -177,13 +177,13 @@ def trainer(work: Work) -> Iterator[float]:
     seconds: list[float] = []
 
     class Clock(lightning.Callback):  # type: ignore[misc]
-        begun = 0.0
+        started = 0.0
 
         def on_train_epoch_start(self, *_: Any) -> None:
-            self.begun = time.perf_counter()
+            self.started = time.perf_counter()
 
         def on_train_epoch_end(self, *_: Any) -> None:  # validation comes before it
-            seconds.append(time.perf_counter() - self.begun)
+            seconds.append(time.perf_counter() - self.started)
 
     train, valid = work.datasets()
     lightning.Trainer(
@@ -253,13 +253,13 @@ def ignite(work: Work) -> Iterator[float]:
     engine = create_supervised_trainer(model, optimizer, F.cross_entropy)
     evaluator = create_supervised_evaluator(model, {"loss": Loss(F.cross_entropy)})
     seconds: list[float] = []
-    begun = [0.0]
+    started = [0.0]
     engine.add_event_handler(
-        Events.EPOCH_STARTED, lambda: begun.__setitem__(0, time.perf_counter())
+        Events.EPOCH_STARTED, lambda: started.__setitem__(0, time.perf_counter())
     )
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(valid_loader))
     engine.add_event_handler(
-        Events.EPOCH_COMPLETED, lambda: seconds.append(time.perf_counter() - begun[0])
+        Events.EPOCH_COMPLETED, lambda: seconds.append(time.perf_counter() - started[0])
     )
     engine.run(train_loader, max_epochs=work.epochs)
     yield from seconds

@@ -1,10 +1,10 @@
-"""What an epoch's record costs rank 0: epochs with and without it, interleaved in one process.
+"""Time epochs with and without their records, interleaved in one process.
 
 python -m benchmarks.records --epochs 25
 
-The record is all that an epoch leaves beside checkpoints: metrics.jsonl, TensorBoard's curves and,
-in epochs that have them, its plots and histograms, for which validation also finds the most
-confident errors. The console's lines are in it, too.
+A record is what rank 0 writes after an epoch, checkpoints excluded: metrics.jsonl, TensorBoard's
+scalars, the console's lines and, in epochs that have them, plots and histograms, for which
+validation also finds the most confident errors.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks.stepping import Stepper
 from mnist_dist.data import Dataset, find_data, load
+from mnist_dist.distributed.devices import set_threads
 from mnist_dist.distributed.launcher import read_launch
 from mnist_dist.distributed.world import World, init_distributed
 from mnist_dist.evaluation import evaluate
@@ -27,12 +28,13 @@ from mnist_dist.optimizer import gradient_norm
 from mnist_dist.run.console import Console, RunLength
 from mnist_dist.run.metrics import EpochPlots, MetricsWriter, should_log_plots
 
+_BATCH = 64
 _LEVELS = ("nothing", "minimal", "full")
 
 
 @dataclass
 class Training:
-    """One model in training, and where its epochs are recorded."""
+    """A model in training and where its epochs are recorded."""
 
     world: World
     dataset: Dataset
@@ -41,7 +43,7 @@ class Training:
     directory: Path
 
     def __post_init__(self) -> None:
-        self.stepper = Stepper(self.world, self.dataset.train, 64)
+        self.stepper = Stepper(self.world, self.dataset.train, _BATCH)
         self.state, self.sharding = self.stepper.state, self.stepper.sharding
         samples, steps = self.sharding.samples, self.sharding.steps_per_epoch
         self.length = RunLength(self.epochs, steps, samples, 1, done=0)
@@ -50,34 +52,35 @@ class Training:
             self.metrics.open(0, {}, {})
 
     def epoch(self) -> float:
-        """Train, validate and record an epoch; the seconds that it took."""
+        """Train, validate and record an epoch; return the seconds it took."""
         state, started = self.state, time.perf_counter()
         number = state.epoch + 1
-        drawn = self.level == "full" and should_log_plots(number, self.epochs)
+        with_plots = self.level == "full" and should_log_plots(number, self.epochs)
         console = Console(enabled=self.level != "nothing")
         with console.progress(self.length) as progress:
-            for loss_sum in self.stepper.epoch(number):
+            for batch in self.stepper.batches(number):
+                loss_sum = self.stepper.step(*batch)
                 state.count_step(loss_sum)
                 progress.step(state.step, loss_sum)
             state.drain_losses()
             loss = state.loss_sum / self.sharding.samples
             split = self.dataset.validation
-            validation = evaluate(state.model, split, self.world, 16 if drawn else 0)
+            validation = evaluate(state.model, split, self.world, 16 if with_plots else 0)
             best = state.finish_epoch(validation.loss)
             if self.level != "nothing":
-                figures = {"train/loss": loss, "val/loss": validation.loss, "lr": 0.01}
-                figures |= {"val/accuracy": validation.accuracy, "perf/step_ms": 0.0}
-                figures["train/gradient_norm"] = gradient_norm(state.model.parameters()) or 0.0
-                figures["perf/samples_per_second"] = 0.0
-                if drawn:
+                metrics = {"train/loss": loss, "val/loss": validation.loss, "lr": 0.01}
+                metrics |= {"val/accuracy": validation.accuracy, "perf/step_ms": 0.0}
+                metrics["train/gradient_norm"] = gradient_norm(state.model.parameters()) or 0.0
+                metrics["perf/samples_per_second"] = 0.0
+                if with_plots:
                     wrong = validation.most_confident_errors
                     digits = [(split.images[e.index], "0 predicted as 1\n99%") for e in wrong]
                     plots = EpochPlots("val", validation.confusion, digits, state.model)
                     self.metrics.add_plots(plots, state.step)
-                for tag, value in figures.items():
+                for tag, value in metrics.items():
                     self.metrics.add_scalar(tag, value, state.step)
                 self.metrics.commit(state.epoch, state.step)
-                progress.epoch(state.epoch, state.step, figures, best)
+                progress.epoch(state.epoch, state.step, metrics, best)
         return time.perf_counter() - started
 
 
@@ -87,24 +90,25 @@ def measure(data: str, epochs: int) -> None:
         init_distributed(read_launch({}), "cpu", "auto") as world,
         tempfile.TemporaryDirectory() as directory,
     ):
+        set_threads(world.launch, _BATCH)
         dataset = load(find_data(data, None))
         trainings = []
         for level in _LEVELS:
-            place = Path(directory) / level
-            place.mkdir()
-            trainings.append(Training(world, dataset, epochs, level, place))
+            run = Path(directory) / level
+            run.mkdir()
+            trainings.append(Training(world, dataset, epochs, level, run))
         seconds: dict[str, list[float]] = {level: [] for level in _LEVELS}
-        # Whose turn it is first goes round, so that a drift of the machine's speed cancels.
+        # The order rotates, so that a drift of the machine's speed cancels.
         for number in range(epochs):
             for training in trainings[number % 3 :] + trainings[: number % 3]:
                 with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # noqa: PTH123
                     seconds[training.level].append(training.epoch())
-    usual = statistics.median(seconds["nothing"])
+    base = statistics.median(seconds["nothing"])
     print("| recorded | epochs | median s an epoch | difference | all epochs |")
     print("|---|---|---|---|---|")
     for level in _LEVELS:
         pairs = [a - b for a, b in zip(seconds[level], seconds["nothing"], strict=True)]
-        median, difference = statistics.median(seconds[level]), statistics.median(pairs) / usual
+        median, difference = statistics.median(seconds[level]), statistics.median(pairs) / base
         whole = sum(pairs) / sum(seconds["nothing"])
         print(f"| {level} | {epochs} | {median:.3f} | {difference:+.1%} | {whole:+.1%} |")
 
@@ -112,11 +116,11 @@ def measure(data: str, epochs: int) -> None:
 def main() -> None:
     """Print the table of levels, and how long TensorBoard's writer takes to import."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="auto", help="as of train_ddp.py")
+    parser.add_argument("--data", default="auto", help="as for train_ddp.py")
     parser.add_argument("--epochs", type=int, default=25)
     chosen = parser.parse_args()
     measure(chosen.data, chosen.epochs)
-    print("\n| import, after torch | ms, the least of 5 |\n|---|---|")
+    print("\n| import, after torch | ms, minimum of 5 |\n|---|---|")
     for module in ("torch.utils.tensorboard", "mnist_dist.run.tensorboard", "mnist_dist.run.plots"):
         program = (
             "import torch, time, mnist_dist; started = time.perf_counter(); "

@@ -1,9 +1,9 @@
-"""From start to the first step, and the memory that one more process takes.
+"""Measure the time from start to the first step, and the memory that one more process takes.
 
 python -m benchmarks.start --data ../shared/data/mnist.pkl.gz
 
-The data is in the cache already. A bare process only imports torch; a bare rank also joins a gloo
-group. Memory is the sum of all processes' proportional shares (PSS of /proc/PID/smaps_rollup).
+The data is in the cache before. A bare process only imports torch; a bare rank also forms a gloo
+group. Memory is the sum of the processes' proportional shares (PSS of /proc/PID/smaps_rollup).
 """
 
 import argparse
@@ -17,23 +17,23 @@ import time
 from pathlib import Path
 
 _BARE_START = "import time, torch; print(time.time())"
-# The job as it is, up to the end of its first optimizer step.
+# The real job up to the end of its first optimizer step.
 OUR_START = """
 import os, sys, time, train_ddp
-steps = train_ddp.train_epoch
-def first(*arguments):
-    for loss_sum in steps(*arguments):
-        os.write(1, f"{time.time()}\\n".encode())  # whole: other ranks say theirs, too
-        os._exit(0)
-train_ddp.train_epoch = first
+step = train_ddp.train_step
+def first_step(*arguments):
+    step(*arguments)
+    os.write(1, f"{time.time()}\\n".encode())  # one write, not to mix with other ranks' lines
+    os._exit(0)
+train_ddp.train_step = first_step
 train_ddp.run(sys.argv[1:])
 """
 READ = """
 import sys, time, torch
 from mnist_dist.data import load, find_data
-begun = time.perf_counter()
+started = time.perf_counter()
 load(find_data(sys.argv[1], None))
-print(time.perf_counter() - begun)
+print(time.perf_counter() - started)
 """
 _PSS = """
 def pss():
@@ -52,26 +52,26 @@ dist.all_gather_object(sizes, pss())
 if dist.get_rank() == 0:
     print(sum(sizes), flush=True)
 dist.barrier()
-os._exit(0)  # left to the interpreter's end, gloo's threads abort the process now and then
+os._exit(0)  # gloo's threads sometimes abort a process that ends normally
 """
-# The job as it is; after its first epoch every rank says what it takes.
+# The real job; prints the memory of all ranks after the first epoch.
 _OUR_RANK = f"""
 import sys, train_ddp
 {_PSS}
 evaluate = train_ddp.evaluate
-def weighed(model, split, world, *rest, **more):
-    result = evaluate(model, split, world, *rest, **more)
+def evaluate_and_print_pss(model, split, world, errors=0):
+    result = evaluate(model, split, world, errors)
     sizes = world.gather(pss())
-    if world.is_main:
+    if world.is_main_process:
         print("PSS", sum(sizes), flush=True)
     return result
-train_ddp.evaluate = weighed
+train_ddp.evaluate = evaluate_and_print_pss
 train_ddp.run(sys.argv[1:])
 """
 
 
 def run_python(program: str, *arguments: str, processes: int = 1) -> str:
-    """What a program prints, in a directory of its own; torchrun starts several processes."""
+    """Run a program in a temporary directory, several processes by torchrun; return its output."""
     with tempfile.TemporaryDirectory() as directory:
         script = Path(directory) / "program.py"
         script.write_text(program)
@@ -89,46 +89,46 @@ def run_python(program: str, *arguments: str, processes: int = 1) -> str:
         return done.stdout
 
 
-def started(program: str, *arguments: str, processes: int = 1) -> float:
-    """Seconds from the start of a program to the moment that its first process prints."""
-    begun = time.time()
-    said = run_python(program, *arguments, processes=processes)
-    return min(float(line) for line in said.splitlines() if line[:1].isdigit()) - begun
+def seconds_until_output(program: str, *arguments: str, processes: int = 1) -> float:
+    """Return the seconds from the start of a program until its first process prints the time."""
+    started = time.time()
+    output = run_python(program, *arguments, processes=processes)
+    return min(float(line) for line in output.splitlines() if line[:1].isdigit()) - started
 
 
 def our_memory(data: str, processes: int) -> float:
-    """MiB of all the job's processes together, after an epoch."""
-    return _weighed(_OUR_RANK, ["--data", data, "--epochs=1"], processes)
+    """Return the MiB of all the job's processes together, after an epoch."""
+    return _memory(_OUR_RANK, ["--data", data, "--epochs=1"], processes)
 
 
 def measure(data: str, rounds: int) -> dict[str, list[float]]:
-    """Every figure as often as there are rounds; bare and ours take turns."""
+    """Measure each time once a round, bare and ours in turns, and memory once."""
     flags = ["--data", data, "--epochs=1"]
-    seen: dict[str, list[float]] = {}
+    results: dict[str, list[float]] = {}
 
-    def note(name: str, value: float) -> None:
-        seen.setdefault(name, []).append(value)
+    def add(name: str, value: float) -> None:
+        results.setdefault(name, []).append(value)
 
     for _ in range(rounds):
-        note("import torch, s", started(_BARE_START))
-        note("start to first step, s", started(OUR_START, *flags))
-        note("read the cached data, s", float(run_python(READ, data)))
-    note("a third bare rank, MiB", _weighed(_BARE_RANK, [], 3) - _weighed(_BARE_RANK, [], 2))
-    note("a third rank of ours, MiB", our_memory(data, 3) - our_memory(data, 2))
-    return seen
+        add("import torch, s", seconds_until_output(_BARE_START))
+        add("start to first step, s", seconds_until_output(OUR_START, *flags))
+        add("read the cached data, s", float(run_python(READ, data)))
+    add("a third bare rank, MiB", _memory(_BARE_RANK, [], 3) - _memory(_BARE_RANK, [], 2))
+    add("a third rank of ours, MiB", our_memory(data, 3) - our_memory(data, 2))
+    return results
 
 
-def _weighed(program: str, arguments: list[str], processes: int) -> float:
+def _memory(program: str, arguments: list[str], processes: int) -> float:
     for line in run_python(program, *arguments, processes=processes).splitlines():
         if line.startswith("PSS") or line[:1].isdigit():
             return float(line.split()[-1])
-    raise RuntimeError("the job said nothing of its memory")
+    raise RuntimeError("the job did not print its memory")
 
 
-def table(seen: dict[str, list[float]]) -> list[str]:
-    """Lines of the table: medians and spread."""
+def table(results: dict[str, list[float]]) -> list[str]:
+    """Return the table's lines: medians and spread."""
     lines = ["| what | median | from to |", "|---|---|---|"]
-    for name, values in seen.items():
+    for name, values in results.items():
         spread = f"{min(values):.3f} to {max(values):.3f}"
         lines.append(f"| {name} | {statistics.median(values):.3f} | {spread} |")
     return lines
@@ -137,14 +137,14 @@ def table(seen: dict[str, list[float]]) -> list[str]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="auto", help="as of train_ddp.py")
+    parser.add_argument("--data", default="auto", help="as for train_ddp.py")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()
     data = chosen.data if chosen.data in ("auto", "bundled") else str(Path(chosen.data).resolve())
     run_python(READ, data)  # fills the cache
-    seen = measure(data, chosen.rounds)
-    print(json.dumps(seen) if chosen.json else "\n".join(table(seen)))
+    results = measure(data, chosen.rounds)
+    print(json.dumps(results) if chosen.json else "\n".join(table(results)))
 
 
 if __name__ == "__main__":
