@@ -1,4 +1,4 @@
-"""TensorBoard as a person sees it: the real server, opened in a real browser without a window.
+"""TensorBoard's real server, opened in a real headless browser.
 
 Needs Debian's chromium and chromium-driver, and selenium and pillow of the extra `test`.
 """
@@ -19,8 +19,8 @@ _OPTIONS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--disable-dev-shm-usage", "--enable-unsafe-swiftshader"),
 )
-# TensorBoard's pages are web components: what is on them lies in shadow roots within shadow roots.
-_LOOK = """
+# TensorBoard's pages are web components: their elements are in nested shadow roots.
+_PAGE_CONTENT = """
 function below(root, found) {
   for (const element of root.querySelectorAll('*')) {
     found.push(element);
@@ -41,7 +41,7 @@ return {
 
 
 def missing() -> str | None:
-    """Why no page can be opened here; None if one can."""
+    """Return why no page can be opened here, None if one can."""
     absent = [name for name in (_CHROMIUM, _DRIVER) if shutil.which(name) is None]
     if absent:
         return f"not installed: {', '.join(absent)} (Debian: chromium chromium-driver)"
@@ -55,7 +55,7 @@ def missing() -> str | None:
 
 @contextlib.contextmanager
 def tensorboard(directory: Path) -> Iterator[str]:
-    """Serve the runs below `directory`; the address."""
+    """Serve the runs below `directory`; yield the address."""
     words = ["-m", "tensorboard.main", "--logdir", str(directory), "--host=127.0.0.1", "--port=0"]
     server = subprocess.Popen(
         [sys.executable, *words, "--load_fast=false", "--reload_interval=5"],
@@ -65,14 +65,14 @@ def tensorboard(directory: Path) -> Iterator[str]:
     )
     try:
         assert server.stdout is not None
-        said = []
+        lines = []
         for line in server.stdout:
-            said.append(line)
+            lines.append(line)
             if found := re.search(r"http://127\.0\.0\.1:\d+/", line):
                 yield found[0]
                 break
         else:
-            raise RuntimeError("TensorBoard did not start: " + "".join(said))
+            raise RuntimeError("TensorBoard did not start: " + "".join(lines))
     finally:
         server.terminate()
         server.wait(30)
@@ -89,16 +89,16 @@ class Page:
         self._driver.get("about:blank")  # TensorBoard takes a new #tab without loading
         self._driver.get(address)
 
-    def look(self) -> dict[str, Any]:
-        """The page's `texts` (list), and how many `pictures`, `curves` and things `busy` it has."""
-        seen: dict[str, Any] = self._driver.execute_script(_LOOK)
+    def content(self) -> dict[str, Any]:
+        """Return the page's `texts`, and numbers of `pictures`, `curves` and `busy` spinners."""
+        seen: dict[str, Any] = self._driver.execute_script(_PAGE_CONTENT)
         return seen
 
     def until(self, good: Callable[[dict[str, Any]], bool], timeout: float = 90) -> dict[str, Any]:
-        """What the page shows once that is `good`.
+        """Wait until the page's content is `good` and return it.
 
         Raises:
-            TimeoutError: it never was; the text says what was there.
+            TimeoutError: it was not in time; the message holds the last content.
         """
         from selenium.common.exceptions import TimeoutException
         from selenium.webdriver.support.ui import WebDriverWait
@@ -106,27 +106,27 @@ class Page:
         seen: dict[str, Any] = {}
 
         def ready(_: Any) -> bool:
-            seen.update(self.look())
+            seen.update(self.content())
             return good(seen)
 
         try:
             WebDriverWait(self._driver, timeout, 0.5).until(ready)
         except TimeoutException:
-            raise TimeoutError(f"in {timeout} s the page came to {seen}") from None
+            raise TimeoutError(f"after {timeout} s the page shows {seen}") from None
         return seen
 
     def run(self, script: str) -> Any:
-        """The value that JavaScript gives."""
+        """Run JavaScript and return its value."""
         return self._driver.execute_script(script)
 
     def save(self, file: Path) -> None:
-        """Keep a picture of what the window shows."""
+        """Save a screenshot of the window."""
         self._driver.save_screenshot(str(file))
 
 
 @contextlib.contextmanager
 def page(width: int = 1400, height: int = 1000) -> Iterator[Page]:
-    """Open a browser with a window of so many pixels."""
+    """Open a browser with a window of that many pixels."""
     from selenium import webdriver
 
     with tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True) as profile:

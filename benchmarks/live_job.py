@@ -1,4 +1,4 @@
-"""A job that runs while faults are done to it: its processes, what they hold, how it ended."""
+"""A running job to inject faults into: its processes, what they hold open, how it ended."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-_MARK = "MNIST_DIST_LIVE_JOB"
+_VARIABLE = "MNIST_DIST_LIVE_JOB"
 
 
 class LiveJob:
-    """`train_ddp.py` under torchrun or plain python, with every process findable by a mark."""
+    """`train_ddp.py` under torchrun or plain python; a variable marks all its processes."""
 
     def __init__(
         self,
@@ -29,8 +29,8 @@ class LiveJob:
         environment: dict[str, str] | None = None,
     ) -> None:
         self.run = directory / "run"
-        self._mark = uuid.uuid4().hex
-        self._log = directory / f"log-{self._mark[:8]}"
+        self._token = uuid.uuid4().hex
+        self._log = directory / f"log-{self._token[:8]}"
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *torchrun]
         words = [sys.executable, *(launcher if processes > 1 else []), str(script)]
         with self._log.open("w") as log:
@@ -41,7 +41,7 @@ class LiveJob:
                     **os.environ,
                     "OMP_NUM_THREADS": "1",
                     **(environment or {}),
-                    _MARK: self._mark,
+                    _VARIABLE: self._token,
                 },
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -53,7 +53,7 @@ class LiveJob:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End whatever is left, so that no test leaves processes behind."""
+        """Kill all processes that are left."""
         for pid in self.alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -61,32 +61,32 @@ class LiveJob:
 
     @property
     def output(self) -> str:
-        """What all processes have said so far."""
+        """Output of all processes so far."""
         return self._log.read_text()
 
     @property
     def status(self) -> dict[str, Any]:
-        """The run's status.json; empty before there is one."""
+        """Content of the run's status.json, empty before there is one."""
         with contextlib.suppress(OSError, ValueError):
             content: dict[str, Any] = json.loads((self.run / "status.json").read_text())
             return content
         return {}
 
     def alive(self) -> dict[int, int | None]:
-        """The job's living processes: pid to rank, or to None for a launcher."""
+        """Return the rank of each live process by pid, None for a launcher."""
         found: dict[int, int | None] = {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
                 continue
             with contextlib.suppress(OSError):
                 variables = (entry / "environ").read_bytes().split(b"\0")
-                if f"{_MARK}={self._mark}".encode() in variables and not _is_dead(entry):
+                if f"{_VARIABLE}={self._token}".encode() in variables and not _is_dead(entry):
                     ranks = [v[5:] for v in variables if v.startswith(b"RANK=")]
                     found[int(entry.name)] = int(ranks[0]) if ranks else None
         return found
 
     def holdings(self) -> set[str]:
-        """What its processes hold that might outlive them: sockets and shared memory, by inode."""
+        """Return the sockets and shared memory that its processes hold, by inode."""
         held: set[str] = set()
         for pid in self.alive():
             with contextlib.suppress(OSError):
@@ -97,7 +97,7 @@ class LiveJob:
         return {name for name in held if name.startswith(("socket:", "memory:"))}
 
     def left_over(self, held: set[str], grace: float = 5.0) -> list[str]:
-        """Its processes, and things among `held`, that are still there after `grace` seconds."""
+        """Return its processes, and what of `held`, that are still there after `grace` seconds."""
         deadline = time.monotonic() + grace
         while (left := self._left_over(held)) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -112,22 +112,22 @@ class LiveJob:
         return [*(f"process {pid}" for pid in self.alive()), *(now & held)]
 
     def pid_of(self, rank: int) -> int:
-        """The process of `rank`; the only one if there is no launcher."""
-        for pid, own in self.alive().items():
-            if own == rank:
+        """Return the pid of `rank`; without a launcher, that of the only process."""
+        for pid, its_rank in self.alive().items():
+            if its_rank == rank:
                 return pid
         return self.launcher.pid
 
     def until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
-        """Wait until `condition` holds, else raise TimeoutError with what the job said."""
+        """Wait until `condition` holds; else raise TimeoutError with the job's output."""
         deadline = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"waited {timeout} s in vain; the job said:\n{self.output}")
+                raise TimeoutError(f"timed out after {timeout} s; the job's output:\n{self.output}")
             time.sleep(0.01)
 
     def until_training(self) -> None:
-        """Wait until the first epoch has been recorded in this start of the job.
+        """Wait until this start of the job has finished an epoch.
 
         Lines of progress within an epoch name it, too, but do not start with it.
         """
@@ -135,20 +135,22 @@ class LiveJob:
 
     @property
     def trains(self) -> bool:
-        """Whether its ranks have begun to take steps, and its launcher lives."""
+        """Whether its ranks have started to train, and its launcher is alive."""
         return not self.ended and "\nstep   " in self.output
 
     @property
     def ended(self) -> bool:
-        """Whether the launcher has ended."""
+        """Whether the launcher has exited."""
         return self.launcher.poll() is not None
 
     def wait(self, timeout: float = 120) -> int:
-        """The launcher's exit code."""
+        """Wait for the launcher and return its exit code."""
         try:
             return self.launcher.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise TimeoutError(f"no end in {timeout} s; the job said:\n{self.output}") from None
+            raise TimeoutError(
+                f"still running after {timeout} s; the job's output:\n{self.output}"
+            ) from None
 
 
 def _is_dead(entry: Path) -> bool:
@@ -157,7 +159,7 @@ def _is_dead(entry: Path) -> bool:
 
 
 def _shared_memory(process: Path) -> set[str]:
-    """The shared memory that a process has mapped, with or without a name, by inode."""
+    """Return the shared memory that a process has mapped, named or not, by inode."""
     with contextlib.suppress(OSError):
         maps = [line.split() for line in (process / "maps").read_text().splitlines()]
         shared = [m for m in maps if m[5:] and m[5].startswith(("/memfd:", "/dev/shm/"))]
@@ -166,7 +168,7 @@ def _shared_memory(process: Path) -> set[str]:
 
 
 def _file_identity(file: Path) -> str:
-    """As /proc/PID/maps has it."""
+    """Return device and inode as in /proc/PID/maps."""
     with contextlib.suppress(FileNotFoundError):
         about = file.stat()
         device = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}"

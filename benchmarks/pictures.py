@@ -1,4 +1,4 @@
-"""The pictures of README.md, made from real runs: docs/images/terminal.svg and tensorboard.png.
+"""Make README.md's pictures from real runs: docs/images/terminal.svg and tensorboard.png.
 
 python -m benchmarks.pictures --pickle mnist.pkl.gz
 
@@ -27,7 +27,7 @@ _CHARACTER, _LINE = 8.4, 18  # pixels, at a font size of 14
 
 
 def checkout(directory: Path, pickle: Path | None) -> Path:
-    """A place as after `git clone`, with MNIST where the original script looks for it."""
+    """Fill a directory as `git clone` does, with MNIST where the original script expects it."""
     shutil.copy(ROOT / "train_ddp.py", directory)
     if pickle is not None:
         (directory / "data" / "mnist").mkdir(parents=True)
@@ -36,17 +36,17 @@ def checkout(directory: Path, pickle: Path | None) -> Path:
 
 
 def train(place: Path, processes: int) -> bytes:
-    """Run the job at a terminal, and give what it wrote there.
+    """Run the job at a terminal and return its output.
 
     Raises:
-        RuntimeError: it did not end well.
+        RuntimeError: it failed.
     """
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     launcher = torchrun if processes > 1 else []
-    named = f"--run-dir=runs/{processes}-process{'es' if processes > 1 else ''}"
+    run_dir = f"--run-dir=runs/{processes}-process{'es' if processes > 1 else ''}"
     here = {"PYTHONPATH": str(ROOT), "MNIST_DIST_CACHE": str(place / "cache")}
-    code, said = terminal.record(
-        [sys.executable, *launcher, "train_ddp.py", *_FLAGS, named],
+    code, output = terminal.record(
+        [sys.executable, *launcher, "train_ddp.py", *_FLAGS, run_dir],
         _COLUMNS,
         60,
         {**os.environ, **here},
@@ -54,17 +54,17 @@ def train(place: Path, processes: int) -> bytes:
         timeout=1800,
     )
     if code != 0:
-        raise RuntimeError(said.decode())
-    return said
+        raise RuntimeError(output.decode())
+    return output
 
 
-def draw_terminal(said: bytes, command: str, file: Path) -> None:
-    """The screen in the middle of the run, and below it what the end added."""
-    half = said.find(b"epoch  6/12")
-    end = said.find(b"\n", half)
-    middle = end + said[end:].find(b"samples/s", said[end:].find(b"\x1b[?25l") + 1)
-    cut = said.find(b"\r", said.find(b"% ", middle))
-    during, after = (terminal.screen(part, _COLUMNS, 60) for part in (said[:cut], said))
+def draw_terminal(output: bytes, command: str, file: Path) -> None:
+    """Draw the screen in the middle of the run, and below it the last lines at the end."""
+    half = output.find(b"epoch  6/12")
+    end = output.find(b"\n", half)
+    middle = end + output[end:].find(b"samples/s", output[end:].find(b"\x1b[?25l") + 1)
+    cut = output.find(b"\r", output.find(b"% ", middle))
+    during, after = (terminal.screen(part, _COLUMNS, 60) for part in (output[:cut], output))
     rows = [[("$ " + command, "#e6edf3")], *_rows(during), [], [("...", "#7d8590")], []]
     rows += _rows(after)[-12:]
     height, width = (len(rows) + 2) * _LINE, (_COLUMNS + 4) * _CHARACTER
@@ -82,7 +82,7 @@ def draw_terminal(said: bytes, command: str, file: Path) -> None:
 
 
 def _rows(screen: "pyte.Screen") -> list[list[tuple[str, str]]]:
-    """Each line from our first on as pieces of text, with their colours."""
+    """Return the job's lines as pieces of text with their colours."""
     rows = []
     for number in range(screen.lines):
         cells = [screen.buffer[number][column] for column in range(screen.columns)]
@@ -100,7 +100,7 @@ def _rows(screen: "pyte.Screen") -> list[list[tuple[str, str]]]:
     return rows[first : last + 1]
 
 
-_TIDY = """
+_CLOSE_SETTINGS = """
 const byText = (tag, text) => [...document.querySelectorAll(tag)].find(
   e => e.innerText.trim().startsWith(text));
 document.querySelector('settings-view button[aria-label="Close"], .settings-pane button')?.click();
@@ -109,26 +109,28 @@ byText('button', 'Settings')?.click();
 
 
 def draw_tensorboard(runs: Path, file: Path) -> None:
-    """Loss and accuracy of all runs on the Time Series page."""
+    """Draw loss and accuracy of all runs on the Time Series page."""
     from PIL import Image
 
     tags = "%5E(train%7Cval)%2F(loss%7Caccuracy)%24"
     with browser.tensorboard(runs) as address, browser.page(1500, 900) as page:
         page.open(f"{address}?tagFilter={tags}&smoothing=0#timeseries")
         page.until(lambda seen: seen["busy"] == 0 and seen["curves"] >= 3)
-        page.run(_TIDY)
+        page.run(_CLOSE_SETTINGS)
         page.until(lambda seen: "General" not in seen["texts"] and seen["busy"] == 0)
-        time.sleep(3)  # the cards have grown: their curves are drawn anew
+        time.sleep(3)  # the cards have grown: their curves are redrawn
         page.save(file)
     with Image.open(file) as shot:
         shot.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
 def main() -> None:
-    """Train on 1, 2 and 4 processes, and draw."""
+    """Train on 1, 2 and 4 processes and draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pickle", type=Path, help="mnist.pkl.gz to train on")
-    parser.add_argument("--place", type=Path, help="keep the runs here; draw those that are here")
+    parser.add_argument(
+        "--place", type=Path, help="directory to keep the runs in; existing ones are drawn"
+    )
     chosen = parser.parse_args()
     IMAGES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -137,9 +139,9 @@ def main() -> None:
             place.mkdir(parents=True, exist_ok=True)
             checkout(place, chosen.pickle)
             for processes in (1, 2, 4):
-                (place / "said").write_bytes(train(place, processes))
+                (place / "output").write_bytes(train(place, processes))
         command = " ".join(["torchrun --nproc_per_node=4 train_ddp.py", *_FLAGS])
-        draw_terminal((place / "said").read_bytes(), command, IMAGES / "terminal.svg")
+        draw_terminal((place / "output").read_bytes(), command, IMAGES / "terminal.svg")
         draw_tensorboard(place / "runs", IMAGES / "tensorboard.png")
 
 

@@ -1,4 +1,4 @@
-"""A command's screen, as a person at a terminal sees it."""
+"""Run a command at a terminal and render the terminal's screen."""
 
 import contextlib
 import fcntl
@@ -23,45 +23,45 @@ def record(
     directory: Path | None = None,
     timeout: float = 300,
 ) -> tuple[int, bytes]:
-    """Run a command at a terminal of its own; its exit code, and every byte that it wrote there.
+    """Run a command at a new terminal; return its exit code and every byte it wrote there.
 
     Raises:
-        TimeoutError: it did not end within `timeout` seconds; it is killed.
+        TimeoutError: it was killed after `timeout` seconds.
     """
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")}
     process = subprocess.Popen(
         command,
         cwd=directory,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
         env={**plain, "TERM": "xterm", **(environment or {})},
         start_new_session=True,
     )
-    os.close(theirs)
-    said, deadline = b"", time.monotonic() + timeout
+    os.close(terminal)
+    output, deadline = b"", time.monotonic() + timeout
     try:
         while time.monotonic() < deadline:
-            if not select.select([ours], [], [], 0.5)[0]:
+            if not select.select([controller], [], [], 0.5)[0]:
                 continue
             part = b""
-            with contextlib.suppress(OSError):  # Linux' way to say that the other end is closed
-                part = os.read(ours, 65536)
+            with contextlib.suppress(OSError):  # on Linux: the other end is closed
+                part = os.read(controller, 65536)
             if not part:
-                return process.wait(30), said
-            said += part
-        raise TimeoutError(f"no end in {timeout} s; on the terminal: {said.decode()}")
+                return process.wait(30), output
+            output += part
+        raise TimeoutError(f"still running after {timeout} s; on the terminal: {output.decode()}")
     finally:
-        os.close(ours)
+        os.close(controller)
         if process.poll() is None:
             process.kill()
             process.wait()
 
 
-def screen(said: bytes, columns: int = 120, rows: int = 40) -> "pyte.Screen":
-    """A terminal's screen after it was sent `said`; rows that scrolled off are gone."""
+def screen(output: bytes, columns: int = 120, rows: int = 40) -> "pyte.Screen":
+    """Return a terminal's screen after `output`, without the rows that scrolled off."""
     shown = pyte.Screen(columns, rows)
-    pyte.ByteStream(shown).feed(said)
+    pyte.ByteStream(shown).feed(output)
     return shown

@@ -10,7 +10,7 @@ import pytest
 import torch
 from processes import completed_run, hosts_of, metrics, run_job, run_ranks
 
-from benchmarks.faults import IN_A_SUM
+from benchmarks.faults import KILLED_IN_SUM
 from benchmarks.live_job import LiveJob
 from mnist_dist.distributed.launcher import read_launch
 from mnist_dist.distributed.shared_memory import SharedMemoryAllReduce
@@ -186,7 +186,7 @@ def test_a_rank_killed_inside_a_sum_ends_the_others_and_leaves_nothing_behind(
     """Its part is there; the others are told so, or not."""
     place = {"KILLED_IN_SUM": f"1:2000:{told}"}
     flags = ["--data=bundled", "--epochs=1000"]
-    with LiveJob(tmp_path, ranks, *flags, script=IN_A_SUM, environment=place) as job:
+    with LiveJob(tmp_path, ranks, *flags, script=KILLED_IN_SUM, environment=place) as job:
         job.until(lambda: job.trains or job.ended)
         held = job.holdings()
         assert job.wait(timeout=60) == 1
