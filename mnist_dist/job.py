@@ -308,7 +308,7 @@ def open_job(config: TrainConfig, launch: Launch) -> Iterator[Job]:
 
 
 def _set_up(config: TrainConfig, world: World) -> Job:
-    """Load the data and name the run's directory; nothing is written."""
+    """Load the data and name the run's directory, which is not touched yet."""
     if config.step == "manual":
         from mnist_dist.fast import check_manual_step
 

@@ -1,1 +1,1 @@
-"""The commands beside training."""
+"""The commands other than training."""

@@ -15,8 +15,8 @@ class ThreadTuner:
 
     More threads help only while exchanging data between cores costs less than it saves. On a
     virtual machine that changes while a job runs: the host moves its cores, and where they share
-    no cache, two threads can take longer than one (docs/performance.md). The tuner goes by the
-    clock, so the results must not depend on the number of threads.
+    no cache, two threads can take longer than one. The tuner goes by the clock, so the results
+    must not depend on the number of threads.
     """
 
     def __init__(self, most: int, steps_between_trials: int = 2000) -> None:

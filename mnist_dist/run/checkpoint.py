@@ -31,7 +31,7 @@ class CheckpointStore:
     """The checkpoints of one run. Every rank may name it; only rank 0 opens, reads and writes."""
 
     def __init__(self, directory: Path, keep: int) -> None:
-        """Name the directory, and how many of the newest checkpoints to keep beside the best."""
+        """Name the directory, and how many of the newest checkpoints to keep with the best."""
         self.directory = directory
         self.keep = keep
         self._writer = ThreadPoolExecutor(1, "checkpoint-writer")

@@ -31,20 +31,14 @@ def at_batch(act: Any) -> None:
     """Let `act` change the pixels of one training batch."""
     original, seen = train_ddp.train_step, 0
 
-    def train_step(
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
+    def train_step(model: Any, optimizer: Any, images: torch.Tensor, *rest: Any) -> torch.Tensor:
         nonlocal seen
         seen += 1
         if seen == _AT_BATCH:
             images = act(images)
-        return original(model, optimizer, images, labels, scale)
+        return original(model, optimizer, images, *rest)
 
-    train_ddp.train_step = train_step
+    train_ddp.train_step = train_step  # type: ignore[assignment]
 
 
 def raise_error(_: list[str]) -> None:

@@ -103,13 +103,7 @@ def train_and_count(flags: list[str], stop_after: int) -> tuple[int, list[tuple[
         receive(self, number)
         heard.set()
 
-    def counted(
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
+    def counted(model: Any, optimizer: Any, images: torch.Tensor, *rest: Any) -> torch.Tensor:
         nonlocal batches
         numbers = (images[:, 0] * 256 * 256 + images[:, 1] * 256).int().tolist()
         used.extend((epoch, number) for number in numbers)
@@ -117,14 +111,14 @@ def train_and_count(flags: list[str], stop_after: int) -> tuple[int, list[tuple[
         if batches == stop_after and os.environ.get("RANK", "0") == "0":
             os.kill(os.getpid(), signal.SIGTERM)
             assert heard.wait(60)  # by the thread that reads signals
-        return train_step(model, optimizer, images, labels, scale)
+        return train_step(model, optimizer, images, *rest)
 
     def noted_epoch(self: Any, number: int) -> None:
         nonlocal epoch
         epoch = number
         set_epoch(self, number)
 
-    train_ddp.train_step = counted
+    train_ddp.train_step = counted  # type: ignore[assignment]
     StopRequest._receive = noted_signal  # type: ignore[method-assign]
     DistributedSampler.set_epoch = noted_epoch  # type: ignore[assignment, method-assign]
     return train_ddp.main(flags) or 0, used
