@@ -46,7 +46,8 @@ def train(config: TrainConfig, launch: Launch) -> None:
         if job.is_complete(state):
             job.console.print(f"{job.run}: already complete; --epochs N trains up to N epochs")
             return
-        sync = RankSync(job.world, job.save_every_seconds)  # catches signals from here on
+        # Catches signals from here on.
+        sync = RankSync(job.world, job.save_every_seconds, config.step_timeout)
         job.start_run(state)
         fit(job, state, sync)
         test(job, state)
@@ -58,27 +59,37 @@ def fit(job: Job, state: TrainState, sync: RankSync) -> None:
     model, applied = job.prepare_model(state.model)  # --compile, --precision
     if world.world_size > 1 and config.step == "ddp":
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    step, all_reduce_seconds = job.build_step(state, model, applied, train_step)
     sampler = DistributedSampler[int](split, world.world_size, world.rank, seed=config.seed)
-    with job.console.progress(job.run_length(state.step)) as progress:
+    with (
+        job.build_step(state, model, applied, train_step, sync) as (step, graphs, communication),
+        job.console.progress(job.run_length(state.step), sync.wait_for_device) as progress,
+    ):
         while state.epoch < config.epochs:
             sampler.set_epoch(state.epoch)  # a new permutation, the same on every rank
-            timer = EpochTimer(sharding, state.batch, all_reduce_seconds)
-            for images, labels, global_size in global_batches(
-                split, sampler, sharding, state.batch, config.random_shift
-            ):
-                loss = step(model, state.optimizer, images, labels, world.world_size / global_size)
-                if state.scheduler is not None:
-                    state.scheduler.step()
-                state.count_step(loss)
-                progress.step(state.step, loss)
-                job.sync_step(state, sync)  # now and then: stop, save, not a number
+            timer = EpochTimer(sharding, state.batch, communication)
+            if graphs is None:
+                for images, labels, global_size in global_batches(
+                    split, sampler, sharding, state.batch, config.random_shift
+                ):
+                    scale = torch.full((), world.world_size / global_size, device=world.device)
+                    loss = step(model, state.optimizer, images, labels, scale)
+                    if state.scheduler is not None:
+                        state.scheduler.step()
+                    state.count_step(loss)
+                    progress.step(state.step, loss)
+                    job.sync_step(state, sync)  # now and then: stop, save, not a number
+            else:  # --cuda-graphs: many times train_step in one launch
+                job.replay_epoch(graphs, sampler, state, sync, progress)
             train_loss = job.sync_epoch(state, sync)
             validate(job, state, {"train/loss": train_loss, **timer.metrics(model)}, progress)
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, scale: float
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    scale: Tensor,
 ) -> Tensor:
     """Take one optimizer step on this rank's part of a global batch; return its summed loss.
 
@@ -88,7 +99,7 @@ def train_step(
     """
     loss = F.cross_entropy(model(images), labels, reduction="sum")
     optimizer.zero_grad()
-    loss.backward(gradient=loss.new_full((), scale))  # (scale * loss).backward(), a kernel less
+    loss.backward(gradient=scale)  # (scale * loss).backward(), a kernel less
     optimizer.step()
     return loss.detach()
 

@@ -50,7 +50,7 @@ def training_until(target: float, config: TrainConfig) -> tuple[float, float]:
             for images, labels, size in global_batches(
                 dataset.train, sampler, sharding, max_shift=config.random_shift
             ):
-                train_step(model, optimizer, images, labels, 1 / size)
+                train_step(model, optimizer, images, labels, torch.tensor(1 / size))
                 if scheduler is not None:
                     scheduler.step()
             seconds += time.perf_counter() - started

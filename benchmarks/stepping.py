@@ -14,9 +14,8 @@ from mnist_dist.distributed.ddp import register_comm_hook
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.world import World
 from mnist_dist.fast import ManualStep
-from mnist_dist.job import TrainStep
 from mnist_dist.model import MLP
-from mnist_dist.optimizer import build_optimizer
+from mnist_dist.optimizer import TrainStep, build_optimizer
 from mnist_dist.run.state import TrainState
 from mnist_dist.sampling import Sharding, global_batches
 from train_ddp import train_step
@@ -70,7 +69,7 @@ class Stepper:
 
     def step(self, images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
         """Train on this rank's part of a global batch; return its summed loss."""
-        scale = self.sharding.world_size / batch_size
+        scale = torch.full((), self.sharding.world_size / batch_size, device=images.device)
         return self._step(self._model, self.state.optimizer, images, labels, scale)
 
     def train_epoch(self, epoch: int) -> None:

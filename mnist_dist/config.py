@@ -117,10 +117,16 @@ class TrainConfig:
         "continues uncompiled, with a message, if compilation fails",
     )
     cuda_graphs: Literal["auto", "off"] = flag(
-        "off", help="reserved: not available in this version, GPUs run DDP without CUDA graphs"
+        "off",
+        help="launch many steps on a GPU as one CUDA graph where that works (auto), or each step "
+        "by itself (off); off by default until it has been tested on a GPU",
     )
-    device: Literal["auto", "cpu", "cuda"] = flag(
-        "auto", group="distributed", help="device to train on: one GPU per process, or CPUs"
+    device: str = flag(
+        "auto",
+        group="distributed",
+        metavar="DEVICE",
+        help="device to train on: `cuda` (one GPU per process), `cuda:N` (GPU N, shared by all "
+        "processes of a node), `cpu`, or `auto` (cuda where every process has a GPU, else cpu)",
     )
     backend: Literal["auto", "gloo", "nccl"] = flag(
         "auto", help="torch.distributed backend: nccl on GPUs and gloo on CPUs by default"

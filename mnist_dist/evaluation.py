@@ -90,7 +90,7 @@ def evaluate(model: nn.Module, split: Split, world: World, errors: int = 0) -> E
     loss_sum = F.cross_entropy(logits, labels, reduction="none").double().sum()
     predicted = logits.argmax(1)
     confusion = torch.bincount(labels * NUM_CLASSES + predicted, minlength=NUM_CLASSES**2)
-    sums = world.all_reduce_sum(torch.cat([loss_sum.reshape(1), confusion.double()])).cpu()
+    sums = world.all_reduce_sum(torch.cat([loss_sum.reshape(1), confusion.double()]).cpu())
     count = int(sums[1:].sum())
     if count != len(split):
         raise RuntimeError(f"evaluated {count} samples of a split of {len(split)}")
@@ -109,7 +109,7 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     was_training = model.training
     model.eval()
     buffer = torch.empty(_BATCH_SIZE, images.shape[1], device=images.device)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
         parts = images.split(_BATCH_SIZE)
         logits = [model(pixels(part, buffer[: len(part)])) for part in parts]
     model.train(was_training)

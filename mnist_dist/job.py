@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
 
 from mnist_dist.config import TrainConfig
+from mnist_dist.cuda_graphs import CannotCaptureError, GraphSteps, obstacle
 from mnist_dist.data import Dataset, find_data, load
 from mnist_dist.distributed.ddp import (
     Bfloat16,
@@ -30,8 +32,10 @@ from mnist_dist.distributed.world import World, init_distributed
 from mnist_dist.errors import JobError, Preempted, UserError
 from mnist_dist.evaluation import Evaluation
 from mnist_dist.model import build_model, describe
+from mnist_dist.optimizer import TrainStep
 from mnist_dist.run.console import (
     Console,
+    Progress,
     RunLength,
     next_commands,
     summary_fields,
@@ -43,9 +47,6 @@ from mnist_dist.run.metrics import EpochPlots
 from mnist_dist.run.profiling import profile_steps
 from mnist_dist.run.state import TrainState
 from mnist_dist.sampling import Sharding
-
-TrainStep = Callable[[nn.Module, torch.optim.Optimizer, Tensor, Tensor, float], Tensor]
-"""(model, optimizer, images, labels, scale) to this rank's summed loss."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,6 @@ class Job:
         console.print_field("run", str(self.run))
         if state.step:
             console.print(f"resume at step {state.step}, {_counted(state.epoch, 'epoch')} done")
-        world.set_timeout(config.step_timeout)
 
     def _plan(self) -> str:
         config = self.config
@@ -174,9 +174,15 @@ class Job:
             applied.append(self.config.precision)
         return Bfloat16(model) if self.config.precision == "bf16" else model, applied
 
+    @contextlib.contextmanager
     def build_step(
-        self, state: TrainState, model: nn.Module, applied: list[str], step: TrainStep
-    ) -> tuple[TrainStep, Callable[[], float | None]]:
+        self,
+        state: TrainState,
+        model: nn.Module,
+        applied: list[str],
+        step: TrainStep,
+        sync: RankSync,
+    ) -> Iterator[tuple[TrainStep, GraphSteps | None, Callable[[], float | None]]]:
         """Choose what gradients travel over, and print the line `step`; every rank must call this.
 
         Args:
@@ -184,9 +190,11 @@ class Job:
             model: the bare model, or DDP around what `prepare_model` returned.
             applied: what `prepare_model` applied.
             step: for DDP.
+            sync: waits for the GPU.
 
-        Returns:
-            The step function; and a function that returns this rank's seconds in all-reduces.
+        Yields:
+            The step function; the same captured as CUDA graphs, None without --cuda-graphs; and a
+            function that returns this rank's seconds in all-reduces.
         """
         config, world = self.config, self.world
         share_memory = config.shared_memory == "auto"
@@ -205,13 +213,78 @@ class Job:
             description = ", ".join(["DistributedDataParallel", *applied, transport])
         else:
             description, seconds = ", ".join(["single process", *applied]), lambda: None
-        self.console.print_field("step", description)
+        graphs, captured = self._capture(state, model, step, sync)
+        self.console.print_field("step", description + captured)
         if config.profile and state.step == 0 and world.is_main_process:
             step = profile_steps(step, self.run.path / "profile")
-        return step, seconds
+        world.set_timeout(config.step_timeout)  # compiling and capturing may take longer
+        try:
+            yield step, graphs, seconds
+        finally:
+            if graphs is not None:
+                graphs.close()
 
-    def sync_step(self, state: TrainState, sync: RankSync) -> None:
-        """After a step: exchange stop, checkpoint and NaN flags if it is time to.
+    def _capture(
+        self, state: TrainState, model: nn.Module, step: TrainStep, sync: RankSync
+    ) -> tuple[GraphSteps | None, str]:
+        """Capture `step` as CUDA graphs if all ranks can; return what to add to the description."""
+        config, world = self.config, self.world
+        if config.cuda_graphs == "off" or world.device.type != "cuda":
+            return None, ""
+        obstacles = {
+            "--profile": config.profile,
+            f"--grad-compression {config.grad_compression}": config.grad_compression != "none",
+            "gloo works on the CPU": world.backend == "gloo",
+        }
+        reason = next((text for text, is_there in obstacles.items() if is_there), obstacle(model))
+        graphs = None
+        if reason is None:
+            graphs = GraphSteps(
+                step,
+                model,
+                state.optimizer,
+                self.dataset.train,
+                self.sharding,
+                config.random_shift,
+                launched=sync.launched,
+            )
+            try:
+                world.run_on_all(graphs.capture)
+            except CannotCaptureError as error:
+                graphs, reason = None, str(error)
+        if graphs is None:
+            return None, f", no CUDA graphs: {reason}"
+        return graphs, f", CUDA graphs of {_counted(graphs.steps_per_launch, 'step')}"
+
+    def replay_epoch(
+        self,
+        graphs: GraphSteps,
+        sampler: "DistributedSampler[int]",
+        state: TrainState,
+        sync: RankSync,
+        progress: Progress,
+    ) -> None:
+        """Train on the rest of an epoch by CUDA graphs, as train_ddp.py does step by step."""
+        graphs.start_epoch(sampler, state.batch)
+        while state.batch < self.sharding.steps_per_epoch:
+            rates = []
+            for _ in range(self._steps_until_sync(state, sync)):
+                rates.append(state.optimizer.param_groups[0]["lr"])
+                if state.scheduler is not None:
+                    state.scheduler.step()
+            losses = graphs.take(rates)
+            state.count_steps(losses)
+            progress.step(state.step, losses)
+            self.sync_step(state, sync, len(rates))
+
+    def _steps_until_sync(self, state: TrainState, sync: RankSync) -> int:
+        """Return the steps until the epoch ends or `sync_step` has something to do."""
+        every = self.config.checkpoint_every_steps
+        until_saved = every - state.step % every if every else sys.maxsize
+        return min(self.sharding.steps_per_epoch - state.batch, sync.steps_left, until_saved)
+
+    def sync_step(self, state: TrainState, sync: RankSync, steps: int = 1) -> None:
+        """After one or more steps: exchange stop, checkpoint and NaN flags if it is time to.
 
         Raises:
             JobError: a loss was not finite.
@@ -219,7 +292,9 @@ class Job:
         """
         every = self.config.checkpoint_every_steps
         save_now = every is not None and state.step % every == 0
-        if sync.should_sync() or save_now:
+        sync.launched()
+        if sync.should_sync(steps) or save_now:
+            sync.wait_for_device()
             result = sync.sync(state.drain_losses())
             _check_finite(state, result)
             self._save_or_stop(state, sync, result, save_now)
@@ -231,6 +306,7 @@ class Job:
             JobError: a loss was not finite, or the weights of a rank have diverged.
             Preempted: a rank was asked to stop; the state is on disk.
         """
+        sync.wait_for_device()
         bad_step = state.drain_losses()
         result = sync.sync(bad_step, state.sync_payload(self.world))
         _check_finite(state, result)
@@ -302,6 +378,8 @@ def open_job(config: TrainConfig, launch: Launch) -> Iterator[Job]:
         step = job.run.state.step if job.run.state else 0
         if isinstance(error, PeerLostError):
             error = PeerLostError(f"{error}; this was at step {step + 1}")
+        elif isinstance(error, ConnectionError) and job.world.world_size == 1:
+            error = JobError(f"{error} at step {step + 1}; nvidia-smi and dmesg show its state")
         if job.world.is_main_process:
             job.run.end(error)
         raise error

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -77,5 +76,6 @@ def pixels(images: Tensor, out: Tensor | None = None) -> Tensor:
         images: (N, 784) uint8.
         out: (N, 784) float32, to be filled and returned. None: a new tensor.
     """
-    values = images.to(torch.float32) if out is None else out.copy_(images)
-    return values.mul_(1 / 256)
+    if out is None:
+        return images * (1 / 256)  # one kernel, which gives float32
+    return out.copy_(images).mul_(1 / 256)  # on a CPU, the faster way

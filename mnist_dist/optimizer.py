@@ -1,8 +1,9 @@
 """The optimizer and its learning-rate schedule."""
 
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
@@ -11,11 +12,14 @@ from mnist_dist.torch_internals import (
     foreach_add,
     foreach_add_,
     foreach_mul_,
+    fused_sgd_,
     without_compiler,
     without_profiler,
 )
 
 Schedule = Literal["constant", "onecycle"]
+TrainStep = Callable[[nn.Module, torch.optim.Optimizer, Tensor, Tensor, Tensor], Tensor]
+"""(model, optimizer, images, labels, scale) to this rank's summed loss, as `train_step`."""
 
 
 class LeanSGD(torch.optim.SGD):
@@ -23,6 +27,9 @@ class LeanSGD(torch.optim.SGD):
 
     For a model this small torch's own `step` spends more time on grouping tensors, profiling hooks
     and closures than on arithmetic. Works for one group of dense float parameters on one device.
+
+    On a GPU one fused kernel makes the update. The learning rate may then be a tensor on the GPU,
+    as a CUDA graph needs it, which gives the bits of the same number as a float.
     """
 
     add_param_group = without_compiler(torch.optim.SGD.add_param_group)
@@ -43,25 +50,46 @@ class LeanSGD(torch.optim.SGD):
         gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
         if len(gradients) < len(parameters):  # a layer that this step did not use
             parameters = [p for p in parameters if p.grad is not None]
+        buffers = self._momentum_buffers(parameters) if group["momentum"] else []
+        if parameters[0].is_cuda or isinstance(group["lr"], Tensor):
+            _fused_update(parameters, gradients, buffers, group)
+            return
         if group["weight_decay"]:
             gradients = foreach_add(gradients, parameters, alpha=group["weight_decay"])
-        if group["momentum"]:
-            gradients = self._momentum(parameters, gradients, group["momentum"])
+        if buffers:
+            foreach_mul_(buffers, group["momentum"])
+            foreach_add_(buffers, gradients)
+            gradients = buffers
         foreach_add_(parameters, gradients, alpha=-group["lr"])
 
-    def _momentum(
-        self, parameters: list[Tensor], gradients: list[Tensor], momentum: float
-    ) -> list[Tensor]:
-        """Update and return the momentum buffers, which start as the first gradients."""
+    def _momentum_buffers(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Return the momentum buffers; zeros at first, to which a step adds its gradients."""
         buffers = [self.state[p].get("momentum_buffer") for p in parameters]
         if any(buffer is None for buffer in buffers):
-            for p, gradient, buffer in zip(parameters, gradients, buffers, strict=True):
+            for p, buffer in zip(parameters, buffers, strict=True):
                 if buffer is None:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(gradient)
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        foreach_mul_(buffers, momentum)
-        foreach_add_(buffers, gradients)
         return buffers
+
+
+def _fused_update(
+    parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
+) -> None:
+    """Make SGD's update in one kernel; `buffers` are empty without momentum."""
+    lr = group["lr"]
+    fused_sgd_(
+        parameters,
+        gradients,
+        buffers,
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"],
+        lr=lr if isinstance(lr, Tensor) else float(np.float32(lr)),  # the bits of a tensor's
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
 
 
 def build_optimizer(

@@ -16,7 +16,9 @@ T = TypeVar("T")
 NAMES = (
     "torch._foreach_add",
     "torch._foreach_add_",
+    "torch._foreach_copy_",
     "torch._foreach_mul_",
+    "torch._fused_sgd_",
     "torch._log_softmax",
     "torch._log_softmax_backward_data",
     "torch.ops.aten.nll_loss_forward.default",
@@ -29,7 +31,9 @@ NAMES = (
 
 foreach_add: Callable[..., Any] = torch._foreach_add
 foreach_add_: Callable[..., None] = torch._foreach_add_
+foreach_copy_: Callable[..., None] = torch._foreach_copy_
 foreach_mul_: Callable[..., None] = torch._foreach_mul_
+fused_sgd_: Callable[..., None] = torch._fused_sgd_
 log_softmax: Callable[..., Tensor] = torch._log_softmax
 log_softmax_backward: Callable[..., Tensor] = torch._log_softmax_backward_data
 nll_loss_forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten.nll_loss_forward.default

@@ -52,8 +52,8 @@ class EvaluateConfig:
         unset="that of the run, $MNIST_DIST_CACHE, or ~/.cache/mnist-dist",
         help="directory for converted data",
     )
-    device: Literal["auto", "cpu", "cuda"] = flag(
-        "auto", help="device to evaluate on: one GPU per process, or CPUs"
+    device: str = flag(
+        "auto", metavar="DEVICE", help="device to evaluate on: auto, cpu, cuda or cuda:N"
     )
 
 

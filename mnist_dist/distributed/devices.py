@@ -2,6 +2,11 @@
 
 import contextlib
 import os
+import re
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -15,57 +20,191 @@ Precision = Literal["fp32", "tf32", "bf16"]
 
 # Rows of a matrix product that get a thread of their own: a choice, not a measured optimum.
 _ROWS_PER_THREAD = 32
+# Launches, of a step or of a graph, that may be under way: enough that the GPU never waits.
+_MOST_LAUNCHED = 32
+_SPIN_S, _CHECK_EVERY_S = 0.001, 0.5
 
 
-def pick_device(launch: Launch, device: str) -> torch.device:
-    """Return the CPU, or the GPU of this process's local rank.
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def check_device(device: str) -> None:
+    """Raise UserError if the value of --device is none."""
+    if not _DEVICE.fullmatch(device):
+        raise UserError(f"--device {device}: give auto, cpu, cuda, or one GPU as cuda:0")
+
+
+def pick_device(
+    launch: Launch, device: str, warn: Callable[[str], None] = lambda line: None
+) -> torch.device:
+    """Return the CPU, or this process's GPU; every process of a node decides for the same kind.
 
     Args:
         launch: this process's place among the others.
-        device: "auto", "cpu" or "cuda".
+        device: "cpu"; "cuda", a GPU for each process of a node; "cuda:N", GPU N for all of them;
+            or "auto", which is "cuda" where there are enough GPUs, and else "cpu".
+        warn: called with a line if "auto" leaves GPUs unused.
 
     Raises:
-        UserError: --device cuda without a GPU, or more processes on the node than GPUs.
+        UserError: the GPUs that `device` names are not there.
     """
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
-    if gpus == 0:
-        if device == "cuda":
-            raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
+    check_device(device)
+    if device == "cpu":
         return torch.device("cpu")
-    # With one GPU bound to each srun task, every task sees its own as number 0.
-    bound = launch.launcher == "srun" and gpus == 1
-    index = 0 if bound else launch.local_rank
-    if index >= gpus:
-        raise UserError(
-            f"--device {device}: {launch.local_world_size} processes on a node with {gpus} GPU(s); "
-            f"start at most {gpus} there or use --device cpu"
+    gpus, fault = _usable_gpus()
+    processes, index = launch.local_world_size, _gpu_index(launch, device, gpus)
+    if index is not None and index < gpus and fault is None:
+        return _use_gpu(index)
+    if not gpus:
+        shortage = f"torch finds no usable GPU here{f' ({fault})' if fault else ''}"
+        remedy = "use --device cpu"
+    elif index is not None:
+        shortage, remedy = f"this node has {_counted(gpus)}", f"give cuda:0 to cuda:{gpus - 1}"
+    else:
+        shortage = f"{processes} processes on a node with {_counted(gpus)}"
+        remedy = (
+            f"start {gpus} or fewer (--nproc_per_node={gpus}), share one GPU with --device cuda:0, "
+            "or use --device cpu"
         )
-    chosen = torch.device("cuda", index)
-    torch.cuda.set_device(chosen)
-    return chosen
+    if device != "auto":
+        raise UserError(f"--device {device}: {shortage}; {remedy}")
+    if fault or gpus:
+        use = f"; --nproc_per_node={gpus} uses the GPU{'s' * (gpus > 1)}" if gpus else ""
+        warn(f"--device auto: {shortage}: training on the CPU{use}")
+    return torch.device("cpu")
 
 
-def pick_backend(device: torch.device, backend: str) -> Backend:
-    """Return NCCL for GPUs and gloo for CPUs, unless the user chose.
+def _usable_gpus() -> tuple[int, str | None]:
+    """Return the number of GPUs that torch can use, and why it can use none of those it sees.
+
+    torch.cuda.device_count asks the driver's management library, which also counts GPUs that the
+    CUDA runtime cannot use, such as those of a driver too old for this torch.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.init()
+                return torch.cuda.device_count(), None
+        except RuntimeError as error:
+            return 0, str(error).splitlines()[0]
+    return 0, str(caught[0].message).splitlines()[0] if caught else None
+
+
+def _gpu_index(launch: Launch, device: str, gpus: int) -> int | None:
+    """Return the number of this process's GPU; None if there are fewer GPUs than processes."""
+    if device.startswith("cuda:"):
+        return int(device.removeprefix("cuda:"))
+    # With one GPU bound to each srun task, every task sees its own as number 0.
+    if launch.launcher == "srun" and gpus == 1:
+        return 0
+    return launch.local_rank if launch.local_world_size <= gpus else None
+
+
+def _use_gpu(index: int) -> torch.device:
+    """Make a GPU, and a stream of it, current for this thread."""
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    # All work goes to one stream, and none to the default stream, where no graph can be captured.
+    torch.cuda.set_stream(torch.cuda.Stream(device))
+    return device
+
+
+def _counted(gpus: int) -> str:
+    return f"{gpus} GPU{'s' * (gpus != 1)}"
+
+
+def pick_backend(launch: Launch, device: torch.device, wanted: str, backend: str) -> Backend:
+    """Return NCCL where each process has a GPU of its own, else gloo, unless the user chose.
+
+    Args:
+        launch: this process's place among the others.
+        device: of this process.
+        wanted: the value of --device.
+        backend: "auto", "gloo" or "nccl".
 
     Raises:
-        UserError: NCCL without GPUs.
+        UserError: NCCL without GPUs, or for processes that share one.
     """
+    shared = launch.local_world_size > 1 and wanted.startswith("cuda:")
     if backend == "nccl" and device.type != "cuda":
-        raise UserError("--backend nccl: there is no GPU here; use --backend gloo")
-    return "nccl" if device.type == "cuda" and backend != "gloo" else "gloo"
+        raise UserError("--backend nccl: no GPU is used here; use --backend gloo")
+    if backend == "nccl" and shared:
+        raise UserError(f"--backend nccl: processes share {wanted}, which needs --backend gloo")
+    return "nccl" if device.type == "cuda" and not shared and backend != "gloo" else "gloo"
 
 
 def set_precision(precision: Precision, device: torch.device) -> None:
-    """Allow TF32 in the float32 matrix products of a GPU if `precision` asks for it.
+    """Set what a GPU computes float32 matrix products and convolutions in.
+
+    Both have defaults that depend on the environment or the kind of product, so both are set.
+    cuDNN's algorithms are restricted to those that give the same bits each time.
 
     Raises:
         UserError: `device` has no TF32.
     """
-    if precision == "tf32":
-        if device.type != "cuda":
-            raise UserError("--precision tf32: needs a GPU; use fp32, or bf16")
-        torch.set_float32_matmul_precision("high")
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32: needs a GPU; use fp32, or bf16")
+    # "highest" also where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set, as in NVIDIA's containers.
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.deterministic = True
+
+
+class LaunchQueue:
+    """Bounds how far the host runs ahead of its GPU, and how long it waits for it.
+
+    Nothing else ends a wait for a dead peer: NCCL waits for ever, its watchdog (which would abort
+    the process without a cause) is off, and does not see what is in a CUDA graph. On a CPU, this
+    does nothing.
+    """
+
+    def __init__(
+        self, device: torch.device, timeout: float, check: Callable[[float], None]
+    ) -> None:
+        """Watch the current stream.
+
+        Args:
+            device: of this process.
+            timeout: seconds until the GPU's work is given up.
+            check: called now and then during a wait with its seconds; may raise.
+        """
+        self._on_gpu, self._timeout, self._check = device.type == "cuda", timeout, check
+        self._events: deque[torch.cuda.Event] = deque()
+
+    def add(self) -> None:
+        """Note that something was launched, and wait if too much is under way.
+
+        Raises:
+            ConnectionError: the GPU did not finish what was launched before in time.
+        """
+        if self._on_gpu:
+            self._events.append(torch.cuda.Event())
+            self._events[-1].record()
+            if len(self._events) > _MOST_LAUNCHED:
+                self._wait_for(self._events.popleft())
+
+    def wait(self) -> None:
+        """Wait until the GPU has done all that was launched, so that reading from it returns.
+
+        Raises:
+            ConnectionError: it did not finish in time.
+        """
+        self.add()
+        while self._events:
+            self._wait_for(self._events.popleft())
+
+    def _wait_for(self, event: torch.cuda.Event) -> None:
+        started = checked = time.monotonic()
+        while not event.query():
+            now = time.monotonic()
+            if now - started > self._timeout:
+                raise ConnectionError(f"Timed out after {self._timeout:g} s waiting for the GPU")
+            if now - checked > _CHECK_EVERY_S:
+                checked = now
+                self._check(now - started)
+            if now - started > _SPIN_S:  # until then, sleeping would cost more than it saves
+                time.sleep(_SPIN_S)
 
 
 def set_threads(launch: Launch, local_batch_size: int | None = None) -> None:

@@ -83,6 +83,19 @@ class FailureStore:
         with contextlib.suppress(RuntimeError):
             self._mailbox.publish(f"cause/{self.rank}", cause)
 
+    def watch_for_causes(self) -> threading.Event:
+        """Return an event that is set once another rank has published why it fails."""
+        found = threading.Event()
+
+        def watch() -> None:  # in a thread, since the store may not respond
+            with contextlib.suppress(RuntimeError):
+                while not self._read_from_others("cause"):
+                    time.sleep(0.2)
+                found.set()
+
+        threading.Thread(target=watch, name="failures", daemon=True).start()
+        return found
+
     def find_cause(self) -> str:
         """Return in one line why peers are gone: their published causes, or who is missing."""
         # A thread, because the store's client blocks for as long as the host does not respond.

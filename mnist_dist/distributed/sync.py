@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mnist_dist.distributed.devices import LaunchQueue
 from mnist_dist.distributed.world import World, as_bytes, as_numbers
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -19,6 +20,8 @@ _SAME_REQUEST_S = 2.0
 _PERIOD_S = 1.0
 _PERIOD_SINGLE_S = 0.1
 _HEADER_BYTES = 4 * 8
+# How long a rank that was asked to stop still waits for its GPU: launchers kill 30 s later.
+_GRACE_S = 5.0
 
 
 class StopRequest:
@@ -80,14 +83,19 @@ class RankSync:
     each sync all ranks compute from the same numbers how many steps to take until the next.
     """
 
-    def __init__(self, world: World, save_every_seconds: float | None = None) -> None:
+    def __init__(
+        self, world: World, save_every_seconds: float | None = None, step_timeout: float = 120.0
+    ) -> None:
         """Handle stop signals from now on.
 
         Args:
             world: the ranks, all of which must sync at the same steps.
             save_every_seconds: interval of checkpoints by the clock, None for none.
+            step_timeout: seconds until steps on a GPU are given up.
         """
         self._world = world
+        self._queue = LaunchQueue(world.device, step_timeout, self._check_wait)
+        self._failed_peer: threading.Event | None = None
         self._stop = StopRequest()
         self._stop.listen()
         self._save_every_seconds = save_every_seconds
@@ -95,10 +103,41 @@ class RankSync:
         self._steps = 0
         self._steps_until_next = 1
 
-    def should_sync(self) -> bool:
-        """Count one step; return whether the ranks are to sync after it."""
-        self._steps += 1
+    def should_sync(self, steps: int = 1) -> bool:
+        """Count steps; return whether the ranks are to sync after them."""
+        self._steps += steps
         return self._steps >= self._steps_until_next
+
+    @property
+    def steps_left(self) -> int:
+        """Steps until the ranks are to sync."""
+        return max(1, self._steps_until_next - self._steps)
+
+    def launched(self) -> None:
+        """Note that something was launched on the GPU; waits if too much is under way there.
+
+        Raises:
+            ConnectionError: a peer is gone, or the GPU did not finish in time.
+        """
+        self._queue.add()
+
+    def wait_for_device(self) -> None:
+        """Wait until the GPU has taken all steps: to be called before anything is read from it.
+
+        Raises:
+            ConnectionError: a peer is gone, or the GPU did not finish in time.
+        """
+        self._queue.wait()
+
+    def _check_wait(self, seconds: float) -> None:
+        """End a wait for the GPU early if a peer has failed; a launcher would soon kill us."""
+        if self._world.failures is None:
+            return
+        if self._failed_peer is None:
+            self._failed_peer = self._world.failures.watch_for_causes()
+        stopped = self._stop.signal and seconds > _GRACE_S
+        if stopped or self._failed_peer.is_set():
+            raise ConnectionError(f"Timed out after {seconds:.0f} s waiting for the GPU")
 
     def sync(self, bad_step: int | None, payload: Tensor | None = None) -> SyncResult:
         """Exchange flags. Every rank must call this after the same step.

@@ -27,12 +27,13 @@ from mnist_dist.distributed.failures import (
     PeerLostError,
     brief,
     describe,
+    format_ranks,
     is_comm_error,
 )
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.network import interface_towards
 from mnist_dist.distributed.rendezvous import rendezvous
-from mnist_dist.errors import ReportedError, UserError
+from mnist_dist.errors import JobError, ReportedError, UserError
 from mnist_dist.torch_internals import set_group_timeout
 
 T = TypeVar("T")
@@ -64,6 +65,9 @@ class World:
     launch: Launch
     device: torch.device
     backend: Literal["gloo", "nccl", "none"]
+    """What GPUs exchange; everything in the memory of CPUs goes over gloo, in any case."""
+    failures: FailureStore | None = None
+    """Where peers leave the cause of their failure; None without peers."""
 
     @property
     def rank(self) -> int:
@@ -96,7 +100,7 @@ class World:
         return f"{self.launch.description}, {self.device.type}{talk}"
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Sum `values`, of equal shape and dtype on every rank, in place and return it."""
+        """Sum `values`, of equal shape, dtype and device on every rank, in place and return it."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
@@ -112,7 +116,7 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.all_reduce(torch.zeros(1))  # in CPU memory: dist.barrier takes NCCL where it can
 
     def run_on_all(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank and return this rank's value.
@@ -178,13 +182,12 @@ class World:
         return box[0]
 
     def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
-        """Return each rank's `tensor`, of equal shape and dtype, in rank order, on the CPU."""
+        """Return each rank's `tensor`, of equal shape and dtype, on the CPU, in rank order."""
         if self.world_size == 1:
             return [tensor]
-        local = tensor.to(self.device)
-        gathered = [torch.empty_like(local) for _ in range(self.world_size)]
-        dist.all_gather(gathered, local)
-        return list(torch.stack(gathered).cpu())
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(gathered, tensor)
+        return gathered
 
     def set_timeout(self, seconds: float) -> None:
         """Let collectives take at most `seconds` from now on.
@@ -193,7 +196,7 @@ class World:
         setting up.
         """
         if self.world_size > 1:
-            dist.barrier()
+            self.barrier()
             set_group_timeout(seconds)
 
 
@@ -219,7 +222,7 @@ def init_distributed(
 
     Args:
         launch: from `read_launch`.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda" or "cuda:N".
         backend: "auto", "gloo" or "nccl".
         timeout: seconds for the rendezvous, and for each collective until `World.set_timeout`.
 
@@ -227,8 +230,8 @@ def init_distributed(
         UserError: the device is not there, or the backend does not fit it.
         RendezvousError: the ranks did not meet.
     """
-    chosen = pick_device(launch, device)
-    name = pick_backend(chosen, backend)
+    chosen = pick_device(launch, device, _warn if launch.rank == 0 else lambda line: None)
+    name = pick_backend(launch, chosen, device, backend)
     set_threads(launch)
     if launch.world_size == 1:
         yield World(launch, chosen, "none")
@@ -237,17 +240,16 @@ def init_distributed(
     notify = _print if launch.local_rank == 0 else lambda line: None
     store = rendezvous(launch, timeout, notify)
     world = init_process_group(launch, chosen, name, store, timeout)
-    failures = FailureStore(store, launch.rank, launch.world_size)
     try:
         yield world
     except ReportedError:
         raise
     except Exception as error:
-        _explain(error, failures)
+        _explain(error, world)
         raise
     # On success only: after a failure the peers may be gone, and destroying would wait for them.
     # Rank 0 may host the store: the barrier keeps it alive until no rank needs it.
-    dist.barrier()
+    world.barrier()
     dist.destroy_process_group()
 
 
@@ -261,20 +263,54 @@ def init_process_group(
     """Form the process group of the ranks that share `store`, each with its own `device`.
 
     Raises:
+        UserError: ranks that are to use NCCL have the same GPU.
         RuntimeError: the backend could not connect the ranks within `timeout` seconds.
     """
     if launch.spans_nodes:
         _choose_interface(launch.master_addr or "")
+    # NCCL moves what is on GPUs only: flags, checksums and objects go over gloo, which notices at
+    # once when a rank dies. See LaunchQueue for why NCCL's watchdog is off; graphs need that, too.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     dist.init_process_group(
-        backend,
+        "cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
         store=PrefixStore("group", store),
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timedelta(seconds=timeout),
-        device_id=device if backend == "nccl" else None,
     )
     deprioritize_gloo()
-    return World(launch, device, backend)
+    failures = FailureStore(store, launch.rank, launch.world_size)
+    world = World(launch, device, backend, failures)
+    if backend == "nccl":
+        _connect_gpus(world)
+    return world
+
+
+def _connect_gpus(world: World) -> None:
+    """Let NCCL connect the GPUs, so that what fails in that fails here.
+
+    Raises:
+        UserError: two ranks have the same GPU.
+        JobError: NCCL could not.
+    """
+    gpu = socket.gethostname(), str(torch.cuda.get_device_properties(world.device).uuid)
+    ranks = world.gather(gpu)
+    if twice := next((gpu for gpu in ranks if ranks.count(gpu) > 1), None):
+        same = [rank for rank, other in enumerate(ranks) if other == twice]
+        raise UserError(
+            f"--backend nccl: {format_ranks(same)} on {twice[0]} have the same GPU, which NCCL "
+            "refuses; bind one to each task (srun --gpus-per-task=1), or use --backend gloo"
+        )
+
+    def connect() -> None:
+        try:
+            world.all_reduce_sum(torch.zeros(1, device=world.device)).cpu()
+        except RuntimeError as error:
+            raise JobError(
+                f"NCCL could not connect the GPUs ({brief(error)}); NCCL_DEBUG=INFO shows why"
+            ) from error
+
+    world.run_on_all(connect)
 
 
 def _print(line: str) -> None:
@@ -290,12 +326,18 @@ def _choose_interface(address: str) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = found[0]
 
 
-def _explain(error: Exception, failures: FailureStore) -> None:
+def _warn(line: str) -> None:
+    _print(f"warning: {line}")
+
+
+def _explain(error: Exception, world: World) -> None:
     """Print what failed on this rank and share it with its peers.
 
     Raises:
         PeerLostError: the error only means that a peer is gone; the text names it and its cause.
     """
+    failures = world.failures
+    assert failures is not None
     if not is_comm_error(error):
         failures.publish(describe(error))
         line = f"mnist-dist: error: rank {failures.rank} failed: {describe(error)}"

@@ -83,13 +83,12 @@ class ManualStep:
         optimizer: torch.optim.Optimizer,
         images: Tensor,
         labels: Tensor,
-        scale: float,
+        scale: Tensor,
     ) -> Tensor:
         """Take one step; see `train_step` in train_ddp.py. `model` and `optimizer` are known."""
         threads = torch.get_num_threads()
         self._threads.start_step()
-        local_scale = torch.tensor(scale / self._world_size)
-        loss_sum = self._backward(images, labels, local_scale, self._gradient_views)
+        loss_sum = self._backward(images, labels, scale / self._world_size, self._gradient_views)
         started = time.perf_counter()
         total = self._all_reduce(self._gradients)
         self.seconds += time.perf_counter() - started

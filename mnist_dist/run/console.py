@@ -23,6 +23,7 @@ from mnist_dist.sampling import Sharding
 # How often a terminal's progress line is redrawn; elsewhere, the longest time without a line.
 _DRAW_EVERY_S = 0.25
 _LINE_EVERY_S = 10.0
+_SHOWN_LOSSES = 100  # whose mean is shown
 _STYLES = {"faint": "2", "good": "32", "warning": "33"}
 
 
@@ -60,9 +61,11 @@ class Console:
                 stream.flush()
 
     @contextlib.contextmanager
-    def progress(self, length: "RunLength") -> Iterator["Progress"]:
-        """Show progress until the end of the block."""
-        progress = Progress(self, length)
+    def progress(
+        self, length: "RunLength", wait_for_device: Callable[[], None] = lambda: None
+    ) -> Iterator["Progress"]:
+        """Show progress until the end of the block; waits before it reads a loss."""
+        progress = Progress(self, length, wait_for_device)
         try:
             yield progress
         finally:
@@ -109,10 +112,13 @@ class Progress:
     Between two updates it costs one comparison per step, and never a collective.
     """
 
-    def __init__(self, console: Console, length: RunLength) -> None:
+    def __init__(
+        self, console: Console, length: RunLength, wait_for_device: Callable[[], None]
+    ) -> None:
+        self._wait_for_device = wait_for_device
         self._console = console
         self._length = length
-        self._losses: deque[Tensor] = deque(maxlen=100)
+        self._losses: deque[Tensor] = deque(maxlen=_SHOWN_LOSSES)
         self._bar: tqdm[object] | None = None
         self._next = float("inf")
         if console.enabled:
@@ -123,7 +129,12 @@ class Progress:
                 self._bar = _bar(length)
 
     def step(self, step: int, loss_sum: Tensor) -> None:
-        """Record optimizer step `step` of the run and this rank's summed loss, () float32."""
+        """Record optimizer steps up to `step` of the run.
+
+        Args:
+            step: the last.
+            loss_sum: this rank's summed loss of that step, () float32, or of several, (n,).
+        """
         if self._next == float("inf"):
             return
         self._losses.append(loss_sum)
@@ -138,8 +149,9 @@ class Progress:
             return
         self._next = now + self._every
         length = self._length
-        samples = len(self._losses) * length.local_samples_per_step
-        loss = float(torch.stack(list(self._losses)).sum()) / samples
+        self._wait_for_device()
+        losses = torch.hstack(list(self._losses))[-_SHOWN_LOSSES:]
+        loss = losses.mean().item() / length.local_samples_per_step
         text = (
             f"step {step:,}/{length.steps:,}  loss {loss:.4f}  "
             f"{length.speed(step):,.0f} samples/s  {length.left(step)}"

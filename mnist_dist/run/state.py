@@ -16,6 +16,7 @@ from mnist_dist.model import state_dict_mismatch
 
 FORMAT = 1
 _DIGEST = 32  # bytes of a SHA-256
+_CPU_RANDOM_STATE = len(torch.get_rng_state())  # bytes
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,13 @@ class _Ranks:
     @property
     def random_states(self) -> list[Tensor]:
         """Each rank's state for torch.set_rng_state."""
-        return [content[8:].clone() for content in self.contents]
+        return [content[8 : 8 + _CPU_RANDOM_STATE].clone() for content in self.contents]
+
+    @property
+    def cuda_random_states(self) -> list[Tensor]:
+        """Each rank's state for torch.cuda.set_rng_state; none on CPUs."""
+        states = [content[8 + _CPU_RANDOM_STATE :].clone() for content in self.contents]
+        return [state for state in states if len(state)]
 
 
 @dataclass
@@ -59,7 +66,7 @@ class TrainState:
     loss_sum: float = 0.0
     """This rank's summed loss over the drained steps of the current epoch."""
     _losses: list[Tensor] = field(default_factory=list)
-    """Losses of single steps, still on the device: reading one waits for the device."""
+    """Losses of one or several steps, still on the device: reading one waits for the device."""
     _ranks: _Ranks | None = None
     """What was last known of all ranks."""
 
@@ -68,6 +75,12 @@ class TrainState:
         self._losses.append(loss_sum)
         self.batch += 1
         self.step += 1
+
+    def count_steps(self, loss_sums: Tensor) -> None:
+        """Count n optimizer steps with this rank's summed losses, (n,) float32."""
+        self._losses.append(loss_sums)
+        self.batch += len(loss_sums)
+        self.step += len(loss_sums)
 
     def drain_losses(self) -> int | None:
         """Read the losses of the steps since the last call from the device.
@@ -79,7 +92,7 @@ class TrainState:
         """
         if not self._losses:
             return None
-        losses = torch.stack(self._losses).tolist()
+        losses = torch.hstack(self._losses).tolist()
         first = self.step - len(losses) + 1
         self._losses.clear()
         for loss in losses:
@@ -124,7 +137,14 @@ class TrainState:
 
     def _local_bytes(self) -> Tensor:
         """Return what differs between ranks, as bytes for `_Ranks`."""
-        return torch.cat([as_bytes([self.loss_sum]), torch.get_rng_state()])
+        content = [as_bytes([self.loss_sum]), torch.get_rng_state()]
+        if self._is_on_gpu:
+            content.append(torch.cuda.get_rng_state())
+        return torch.cat(content)
+
+    @property
+    def _is_on_gpu(self) -> bool:
+        return next(self.model.parameters()).is_cuda
 
     def state_dict(self, world: World) -> dict[str, Any]:
         """Return the whole state as tensors and plain types; every rank must call this.
@@ -148,6 +168,7 @@ class TrainState:
             "best_loss": self.best_loss,
             "best_epoch": self.best_epoch,
             "rng": ranks.random_states,
+            "cuda_rng": ranks.cuda_random_states,
             "loss_sums": ranks.loss_sums if self.batch else [0.0] * world.world_size,
         }
 
@@ -174,6 +195,8 @@ class TrainState:
         self.best_loss, self.best_epoch = saved["best_loss"], saved["best_epoch"]
         if len(saved["rng"]) == world.world_size:
             torch.set_rng_state(saved["rng"][world.rank])
+            if self._is_on_gpu and saved.get("cuda_rng"):
+                torch.cuda.set_rng_state(saved["cuda_rng"][world.rank])
             self.loss_sum = saved["loss_sums"][world.rank]
         else:
             torch.manual_seed(self.hyperparameters["seed"] + self.step)

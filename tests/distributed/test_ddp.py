@@ -36,7 +36,7 @@ def train_and_watch(directory: str, flags: list[str]) -> dict[str, Any]:
         optimizer: torch.optim.Optimizer,
         images: Tensor,
         labels: Tensor,
-        scale: float,
+        scale: Tensor,
     ) -> Tensor:
         assert isinstance(model, DistributedDataParallel)
         seen["steps"] += 1

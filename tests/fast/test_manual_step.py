@@ -61,8 +61,9 @@ def test_manual_steps_and_their_state_are_those_of_train_step_to_the_last_bit(
             step = ManualStep(ours, lean, world, share_memory=True, timeout=60)
             for _ in range(4):
                 images, labels = torch.rand(16, 784), torch.randint(0, 10, (16,))
-                expected = train_ddp.train_step(theirs, sgd, images, labels, 1 / 16)
-                assert torch.equal(step(ours, lean, images, labels, 1 / 16), expected)
+                scale = torch.tensor(1 / 16)
+                expected = train_ddp.train_step(theirs, sgd, images, labels, scale)
+                assert torch.equal(step(ours, lean, images, labels, scale), expected)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(mine, other)
         assert mine.grad is not None, "the gradient's norm is read from there"

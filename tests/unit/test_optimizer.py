@@ -55,7 +55,7 @@ from mnist_dist.model import MLP
 from mnist_dist.optimizer import build_optimizer
 model = MLP()
 optimizer, _ = build_optimizer(model, 0.1, 0.9, 0.01, "constant", 1)
-train_ddp.train_step(model, optimizer, torch.rand(8, 784), torch.arange(8), 1 / 8)
+train_ddp.train_step(model, optimizer, torch.rand(8, 784), torch.arange(8), torch.tensor(1 / 8))
 optimizer.load_state_dict(optimizer.state_dict())
 print("torch._dynamo" in sys.modules)
 """

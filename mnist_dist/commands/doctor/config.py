@@ -27,7 +27,7 @@ class DoctorConfig:
         help="time limit of all checks; the rendezvous may take three fifths of it",
     )
     json: bool = flag(False, help="print one JSON object instead of text")
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", help="device, as for training")
+    device: str = flag("auto", metavar="DEVICE", help="device, as for training")
     backend: Literal["auto", "gloo", "nccl"] = flag("auto", help="backend, as for training")
 
 

@@ -60,7 +60,7 @@ def gather_facts(launch: Launch, device: str, backend: str) -> tuple[Facts, torc
     name: Literal["gloo", "nccl"] = "gloo"
     try:
         chosen = pick_device(launch, device)
-        name = pick_backend(chosen, backend)
+        name = pick_backend(launch, chosen, device, backend)
     except (UserError, RuntimeError) as failure:
         error = str(failure).splitlines()[0]
     interface, address, interface_error = _gloo_interface(launch)
