@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from mnist_dist.commands.doctor import gpu_checks
 from mnist_dist.commands.doctor.findings import Finding, Level
 from mnist_dist.commands.doctor.formatting import (
     FactsByRank,
@@ -30,12 +31,19 @@ _LATENCY_BYTES = 4096
 
 def check_facts(facts_by_rank: FactsByRank) -> list[Finding]:
     """Check all that needs no communication between ranks."""
-    checks = (check_versions, check_devices, check_threads, check_interfaces, check_settings)
+    checks = (
+        check_versions,
+        check_devices,
+        gpu_checks.check_gpus,
+        check_threads,
+        check_interfaces,
+        check_settings,
+    )
     return [finding for check in checks for finding in check(facts_by_rank)]
 
 
 def check_versions(facts_by_rank: FactsByRank) -> list[Finding]:
-    """Require equal code, torch and CUDA; warn of other different versions."""
+    """Require equal code, torch, CUDA and NCCL; warn of other different versions."""
     findings: list[Finding] = []
     if len({facts.code for facts in facts_by_rank.values()}) > 1:
         codes = {r: f"{f.code[:8]} in {f.code_directory}" for r, f in facts_by_rank.items()}
@@ -48,6 +56,7 @@ def check_versions(facts_by_rank: FactsByRank) -> list[Finding]:
             level: Level = "problem" if name in _MUST_BE_EQUAL else "warning"
             remedy = f"install one version of {name} for every rank"
             findings.append(Finding("versions", level, f"{name} differs: {differing}", remedy))
+    findings += gpu_checks.check_gpu_versions(facts_by_rank)
     if findings:
         return findings
     first = next(iter(facts_by_rank.values()))
@@ -60,7 +69,7 @@ def check_versions(facts_by_rank: FactsByRank) -> list[Finding]:
 
 
 def check_devices(facts_by_rank: FactsByRank) -> list[Finding]:
-    """Require a device for every rank, all of one kind."""
+    """Require a device for every rank, all of one kind, that torch and the backend can use."""
     findings: list[Finding] = []
     if broken := [facts for facts in facts_by_rank.values() if facts.device_error]:
         text = f"{name_ranks([broken[0].rank], facts_by_rank)}: {broken[0].device_error}"
@@ -69,18 +78,15 @@ def check_devices(facts_by_rank: FactsByRank) -> list[Finding]:
     if not findings and (differing := difference(kinds, facts_by_rank)):
         remedy = "check why torch sees no GPU there (nvidia-smi), or train with --device cpu"
         findings.append(Finding("devices", "problem", f"the device differs: {differing}", remedy))
-    if blind := [f.rank for f in facts_by_rank.values() if f.gpu_files and not f.gpus]:
-        text = f"{name_ranks(blind, facts_by_rank)}: the node has a GPU that torch does not see"
-        remedy = "install a CUDA build of torch that the driver supports (nvidia-smi shows which)"
-        findings.append(Finding("devices", "warning", text, remedy))
+    findings += gpu_checks.check_detection(facts_by_rank)
+    findings += gpu_checks.check_sharing(facts_by_rank)
     if findings:
         return findings
     first = next(iter(facts_by_rank.values()))
     on_gpu = kinds[first.rank] == "cuda"
-    model = f" ({first.gpus[0]})" if on_gpu and first.gpus else ""
-    device = "one GPU" if on_gpu else "the CPU"
+    device = f"one GPU{gpu_checks.describe_gpus(facts_by_rank)}" if on_gpu else "the CPU"
     backend = f"; backend {first.backend}" if len(facts_by_rank) > 1 else ""
-    return [Finding("devices", "ok", f"each rank uses {device}{model}{backend}")]
+    return [Finding("devices", "ok", f"each rank uses {device}{backend}")]
 
 
 def check_threads(facts_by_rank: FactsByRank) -> list[Finding]:
@@ -129,8 +135,8 @@ def check_interfaces(facts_by_rank: FactsByRank) -> list[Finding]:
 
 
 def check_settings(facts_by_rank: FactsByRank) -> list[Finding]:
-    """Warn if variables that configure the backends differ."""
-    findings: list[Finding] = []
+    """Warn if variables that configure the backends differ, or override the job's precision."""
+    findings = gpu_checks.check_tf32(facts_by_rank)
     equal = []
     for name in sorted({name for facts in facts_by_rank.values() for name in facts.settings}):
         values = {rank: facts.settings.get(name, "unset") for rank, facts in facts_by_rank.items()}
