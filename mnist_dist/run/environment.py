@@ -33,13 +33,20 @@ def environment_facts() -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "cuda": torch.version.cuda,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": _gpu_name(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "command": sys.argv,
     }
+
+
+def _gpu_name() -> str | None:
+    """Return the model of this process's GPU; None without one that the driver lets torch use."""
+    with contextlib.suppress(RuntimeError):
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return None
 
 
 def _git_commit() -> str | None:

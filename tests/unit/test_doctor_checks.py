@@ -19,6 +19,7 @@ from mnist_dist.commands.doctor.checks import (
 from mnist_dist.commands.doctor.facts import Facts, gather_facts
 from mnist_dist.commands.doctor.findings import Finding
 from mnist_dist.commands.doctor.formatting import amount, duration, name_ranks
+from mnist_dist.commands.doctor.gpus import Gpu, GpuFacts
 from mnist_dist.commands.doctor.tcp_check import Listener, connect
 from mnist_dist.distributed.failures import format_ranges
 from mnist_dist.distributed.launcher import Launch
@@ -49,8 +50,9 @@ def test_unequal_torch_is_a_problem_and_unequal_python_a_warning(pair: dict[int,
 
 
 def test_a_rank_without_its_gpu_is_named(pair: dict[int, Facts]) -> None:
-    gpu = dataclasses.replace(pair[0], device="cuda:0", backend="nccl", gpus=["H100"])
-    blind = dataclasses.replace(pair[1], gpu_files=1)
+    h100 = GpuFacts(visible=[Gpu("H100")])
+    gpu = dataclasses.replace(pair[0], device="cuda:0", backend="nccl", gpus=h100)
+    blind = dataclasses.replace(pair[1], gpus=GpuFacts(device_files=1))
     problem, warning = check_devices({0: gpu, 1: blind})
     assert "rank 0 on n1 has cuda; rank 1 on n2 has cpu" in problem.text
     assert (problem.level, warning.level) == ("problem", "warning")

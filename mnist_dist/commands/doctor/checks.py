@@ -1,15 +1,17 @@
 """Check the ranks' facts and measurements: pure functions from them to findings."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from mnist_dist.commands.doctor import gpu_checks
 from mnist_dist.commands.doctor.findings import Finding, Level
 from mnist_dist.commands.doctor.formatting import (
     FactsByRank,
     amount,
     by_node,
     counted,
+    difference,
     duration,
     name_ranks,
 )
@@ -29,24 +31,32 @@ _LATENCY_BYTES = 4096
 
 def check_facts(facts_by_rank: FactsByRank) -> list[Finding]:
     """Check all that needs no communication between ranks."""
-    checks = (check_versions, check_devices, check_threads, check_interfaces, check_settings)
+    checks = (
+        check_versions,
+        check_devices,
+        gpu_checks.check_gpus,
+        check_threads,
+        check_interfaces,
+        check_settings,
+    )
     return [finding for check in checks for finding in check(facts_by_rank)]
 
 
 def check_versions(facts_by_rank: FactsByRank) -> list[Finding]:
-    """Require equal code, torch and CUDA; warn of other different versions."""
+    """Require equal code, torch, CUDA and NCCL; warn of other different versions."""
     findings: list[Finding] = []
     if len({facts.code for facts in facts_by_rank.values()}) > 1:
         codes = {r: f"{f.code[:8]} in {f.code_directory}" for r, f in facts_by_rank.items()}
-        text = f"the code of mnist_dist differs: {_difference(codes, facts_by_rank)}"
+        text = f"the code of mnist_dist differs: {difference(codes, facts_by_rank)}"
         remedy = "install the same commit for every rank"
         findings.append(Finding("versions", "problem", text, remedy))
     for name in _VERSIONS:
         versions = {rank: facts.environment[name] for rank, facts in facts_by_rank.items()}
-        if difference := _difference(versions, facts_by_rank):
+        if differing := difference(versions, facts_by_rank):
             level: Level = "problem" if name in _MUST_BE_EQUAL else "warning"
             remedy = f"install one version of {name} for every rank"
-            findings.append(Finding("versions", level, f"{name} differs: {difference}", remedy))
+            findings.append(Finding("versions", level, f"{name} differs: {differing}", remedy))
+    findings += gpu_checks.check_gpu_versions(facts_by_rank)
     if findings:
         return findings
     first = next(iter(facts_by_rank.values()))
@@ -59,27 +69,24 @@ def check_versions(facts_by_rank: FactsByRank) -> list[Finding]:
 
 
 def check_devices(facts_by_rank: FactsByRank) -> list[Finding]:
-    """Require a device for every rank, all of one kind."""
+    """Require a device for every rank, all of one kind, that torch and the backend can use."""
     findings: list[Finding] = []
     if broken := [facts for facts in facts_by_rank.values() if facts.device_error]:
         text = f"{name_ranks([broken[0].rank], facts_by_rank)}: {broken[0].device_error}"
         findings.append(Finding("devices", "problem", text))
     kinds = {rank: facts.device.partition(":")[0] for rank, facts in facts_by_rank.items()}
-    if not findings and (difference := _difference(kinds, facts_by_rank)):
+    if not findings and (differing := difference(kinds, facts_by_rank)):
         remedy = "check why torch sees no GPU there (nvidia-smi), or train with --device cpu"
-        findings.append(Finding("devices", "problem", f"the device differs: {difference}", remedy))
-    if blind := [f.rank for f in facts_by_rank.values() if f.gpu_files and not f.gpus]:
-        text = f"{name_ranks(blind, facts_by_rank)}: the node has a GPU that torch does not see"
-        remedy = "install a CUDA build of torch that the driver supports (nvidia-smi shows which)"
-        findings.append(Finding("devices", "warning", text, remedy))
+        findings.append(Finding("devices", "problem", f"the device differs: {differing}", remedy))
+    findings += gpu_checks.check_detection(facts_by_rank)
+    findings += gpu_checks.check_sharing(facts_by_rank)
     if findings:
         return findings
     first = next(iter(facts_by_rank.values()))
     on_gpu = kinds[first.rank] == "cuda"
-    model = f" ({first.gpus[0]})" if on_gpu and first.gpus else ""
-    device = "one GPU" if on_gpu else "the CPU"
+    device = f"one GPU{gpu_checks.describe_gpus(facts_by_rank)}" if on_gpu else "the CPU"
     backend = f"; backend {first.backend}" if len(facts_by_rank) > 1 else ""
-    return [Finding("devices", "ok", f"each rank uses {device}{model}{backend}")]
+    return [Finding("devices", "ok", f"each rank uses {device}{backend}")]
 
 
 def check_threads(facts_by_rank: FactsByRank) -> list[Finding]:
@@ -128,17 +135,17 @@ def check_interfaces(facts_by_rank: FactsByRank) -> list[Finding]:
 
 
 def check_settings(facts_by_rank: FactsByRank) -> list[Finding]:
-    """Warn if variables that configure the backends differ."""
-    findings: list[Finding] = []
+    """Warn if variables that configure the backends differ, or override the job's precision."""
+    findings = gpu_checks.check_tf32(facts_by_rank)
     equal = []
     for name in sorted({name for facts in facts_by_rank.values() for name in facts.settings}):
         values = {rank: facts.settings.get(name, "unset") for rank, facts in facts_by_rank.items()}
-        difference = _difference(values, facts_by_rank)
-        if not difference:
+        differing = difference(values, facts_by_rank)
+        if not differing:
             equal.append(f"{name}={next(iter(values.values()))}")
         elif name != "CUDA_VISIBLE_DEVICES":  # some launchers give each rank its own GPU
             remedy = "export the same value for every rank, unless the nodes need different ones"
-            findings.append(Finding("settings", "warning", f"{name} differs: {difference}", remedy))
+            findings.append(Finding("settings", "warning", f"{name} differs: {differing}", remedy))
     if equal and not findings:
         findings.append(Finding("settings", "ok", ", ".join(equal)))
     return findings
@@ -298,16 +305,6 @@ def _check_sums(
         results.append(f"{amount(size)} in {duration(seconds)}{speed}")
     text = f"correct sums {where}: {', '.join(results)}"
     return [Finding(check, "ok", text, figures=figures)]
-
-
-def _difference(values: Mapping[int, str | None], facts_by_rank: FactsByRank) -> str:
-    """Format who has which value: `rank 0 on n1 has 1; rank 1 on n2 has 2`; "" if all are equal."""
-    holders: dict[str | None, list[int]] = defaultdict(list)
-    for rank, value in values.items():
-        holders[value].append(rank)
-    if len(holders) == 1:
-        return ""
-    return "; ".join(f"{name_ranks(ranks, facts_by_rank)} has {v}" for v, ranks in holders.items())
 
 
 def _short(commit: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.distributed import HashStore, Store
 
-from mnist_dist.commands.doctor import allreduce_check, checks, disk
+from mnist_dist.commands.doctor import allreduce_check, checks, disk, gpu_checks, gpus
 from mnist_dist.commands.doctor.config import DoctorConfig
 from mnist_dist.commands.doctor.facts import Facts, gather_facts
 from mnist_dist.commands.doctor.findings import Finding, Report
@@ -101,6 +101,7 @@ class Examination:
             endpoints = self._check_facts(facts, endpoint)
             self._check_tcp(endpoints)
             self._check_disk(facts.boot)
+            self._check_gpu(device)
             self._check_all_reduce(store, device, facts)
         except _StopError as first:
             self._report.add(Finding("other checks", "skipped", f"not checked: {first}"))
@@ -172,7 +173,7 @@ class Examination:
 
         def check(payloads: Payloads) -> list[Finding]:
             self._mailbox.publish("endpoints", [payload["endpoint"] for payload in payloads])
-            self._set_facts([Facts(**payload["facts"]) for payload in payloads])
+            self._set_facts([Facts.from_json(payload["facts"]) for payload in payloads])
             return [*self._connected(), *checks.check_facts(self._facts_by_rank)]
 
         mine = {"facts": dataclasses.asdict(facts), "endpoint": endpoint}
@@ -235,12 +236,20 @@ class Examination:
             lambda payloads: checks.check_disk(payloads, self._facts_by_rank, run_dir),
         )
 
+    def _check_gpu(self, device: torch.device) -> None:
+        """Test the GPU of every rank that has one."""
+        self._run_stage(
+            "gpu test",
+            lambda seconds: gpus.self_test(device) if device.type == "cuda" else {},
+            lambda payloads: gpu_checks.check_self_test(payloads, self._facts_by_rank),
+        )
+
     def _check_all_reduce(self, store: Store, device: torch.device, facts: Facts) -> None:
         if self._launch.world_size == 1:
             text = "not checked: start with torchrun or srun, as for training"
             self._report.add(Finding("other ranks", "skipped", text))
             return
-        needed = {"devices", "interface", "messages"}
+        needed = {"devices", "gpu test", "interface", "messages"}
         if self._is_blocked("all-reduce", "shared memory", by=needed):
             return
         worlds: list[World] = []

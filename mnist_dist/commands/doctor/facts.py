@@ -4,19 +4,37 @@ import contextlib
 import ipaddress
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from mnist_dist.distributed.devices import cpus_allowed, pick_backend, pick_device, set_threads
+from mnist_dist.commands.doctor.gpus import Gpu, GpuFacts, read_gpus, shorten, why_no_cuda
+from mnist_dist.distributed.devices import (
+    Backend,
+    cpus_allowed,
+    pick_backend,
+    pick_device,
+    set_threads,
+)
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.network import interface_towards, interfaces
 from mnist_dist.errors import UserError
 from mnist_dist.run.environment import code_digest, environment_facts
 
-_SETTINGS = ("GLOO_", "NCCL_", "TORCH_NCCL_", "OMP_", "MKL_NUM", "CUDA_VISIBLE", "TP_")
+_SETTINGS = (
+    "GLOO_",
+    "NCCL_",
+    "TORCH_NCCL_",
+    "OMP_",
+    "MKL_NUM",
+    "CUDA_VISIBLE",
+    "TP_",
+    "TORCH_ALLOW_TF32",
+    "NVIDIA_TF32",
+)
 
 
 @dataclass(frozen=True)
@@ -35,12 +53,9 @@ class Facts:
     """Digest of the package's sources."""
     code_directory: str
     device: str
-    backend: Literal["gloo", "nccl"]
+    backend: Backend
     device_error: str | None
-    gpus: list[str]
-    """The models of the GPUs that torch sees."""
-    gpu_files: int
-    """Number of GPUs that the driver shows, whether torch sees them or not."""
+    gpus: GpuFacts
     interfaces: dict[str, str]
     interface: str
     """The one that gloo uses; empty where gloo resolves the host's name instead."""
@@ -52,21 +67,28 @@ class Facts:
     cpus_at_once: int
     settings: dict[str, str]
 
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> "Facts":
+        """Restore facts from the result of `dataclasses.asdict`."""
+        return cls(**{**plain, "gpus": GpuFacts.from_json(plain["gpus"])})
+
+    @property
+    def gpu(self) -> Gpu | None:
+        """The GPU that this rank uses; None for a CPU, or a GPU that torch cannot describe."""
+        kind, _, number = self.device.partition(":")
+        if kind != "cuda" or int(number) >= len(self.gpus.visible):
+            return None
+        return self.gpus.visible[int(number)]
+
 
 def gather_facts(launch: Launch, device: str, backend: str) -> tuple[Facts, torch.device]:
     """Collect the facts of this rank, choosing device, threads and interface as training does."""
     set_threads(launch)
-    chosen, error = torch.device("cpu"), None
-    name: Literal["gloo", "nccl"] = "gloo"
-    try:
-        chosen = pick_device(launch, device)
-        name = pick_backend(launch, chosen, device, backend)
-    except (UserError, RuntimeError) as failure:
-        error = str(failure).splitlines()[0]
+    no_cuda = why_no_cuda() if device != "cpu" else None
+    chosen, name, error = _choose(launch, device, backend, no_cuda)
     interface, address, interface_error = _gloo_interface(launch)
     if name == "nccl":
         interface_error = interface_error or _nccl_interface_error()
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
     facts = Facts(
         rank=launch.rank,
         node_rank=launch.node_rank,
@@ -80,8 +102,7 @@ def gather_facts(launch: Launch, device: str, backend: str) -> tuple[Facts, torc
         device=str(chosen),
         backend=name,
         device_error=error,
-        gpus=[torch.cuda.get_device_name(index) for index in range(gpus)],
-        gpu_files=len(list(Path("/dev").glob("nvidia[0-9]*"))) if device != "cpu" else 0,
+        gpus=read_gpus(no_cuda) if device != "cpu" else GpuFacts(),
         interfaces=interfaces(),
         interface=interface,
         address=address,
@@ -92,6 +113,21 @@ def gather_facts(launch: Launch, device: str, backend: str) -> tuple[Facts, torc
         settings={n: v for n, v in sorted(os.environ.items()) if n.startswith(_SETTINGS)},
     )
     return facts, chosen
+
+
+def _choose(
+    launch: Launch, device: str, backend: str, no_cuda: str | None
+) -> tuple[torch.device, Backend, str | None]:
+    """Choose device and backend as training does; return them, and why that fails."""
+    try:
+        if no_cuda and device.startswith("cuda"):
+            raise UserError(f"--device {device}: no GPU can be used ({no_cuda}); use --device cpu")
+        chosen = pick_device(launch, "cpu" if no_cuda else device)
+        return chosen, pick_backend(launch, chosen, device, backend), None
+    except UserError as failure:
+        return torch.device("cpu"), "gloo", str(failure)
+    except RuntimeError as failure:
+        return torch.device("cpu"), "gloo", f"torch cannot use a GPU: {shorten(str(failure))}"
 
 
 def _read(path: str) -> str:

@@ -28,6 +28,16 @@ def name_ranks(ranks: Iterable[int], facts_by_rank: FactsByRank) -> str:
     return f"rank{'s' if several else ''} {named}"
 
 
+def difference(values: Mapping[int, str | None], facts_by_rank: FactsByRank) -> str:
+    """Format who has which value: `rank 0 on n1 has 1; rank 1 on n2 has 2`; "" if all are equal."""
+    holders: dict[str | None, list[int]] = defaultdict(list)
+    for rank, value in values.items():
+        holders[value].append(rank)
+    if len(holders) < 2:
+        return ""
+    return "; ".join(f"{name_ranks(ranks, facts_by_rank)} has {v}" for v, ranks in holders.items())
+
+
 def counted(count: int, noun: str) -> str:
     """Format a count: `1 CPU`, `2 CPUs`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
