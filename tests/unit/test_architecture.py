@@ -11,7 +11,7 @@ from processes import ROOT
 LAYERS = [
     ["errors", "dimensions", "atomic", "flags", "config", "torch_internals"],
     ["model", "optimizer", "distributed", "data"],
-    ["sampling", "evaluation", "fast", "run"],
+    ["sampling", "evaluation", "cuda_graphs", "fast", "run"],
     ["job", "train_ddp", "commands", "__main__"],
 ]
 LEVEL = {name: level for level, name in enumerate(room for layer in LAYERS for room in layer)}
