@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.data import DistributedSampler
 
 from mnist_dist.config import TrainConfig, parse_config
@@ -44,11 +45,8 @@ def train(config: TrainConfig, launch: Launch) -> None:
         state = TrainState(model, optimizer, scheduler, job.hyperparameters)
         job.resume(state)
         if job.is_complete(state):
-            job.console.print(f"{job.run}: already complete; --epochs N trains up to N epochs")
             return
-        # Catches signals from here on.
-        sync = RankSync(job.world, job.save_every_seconds, config.step_timeout)
-        job.start_run(state)
+        sync = job.start_run(state)  # catches signals from here on
         fit(job, state, sync)
         test(job, state)
 
@@ -68,14 +66,11 @@ def fit(job: Job, state: TrainState, sync: RankSync) -> None:
             sampler.set_epoch(state.epoch)  # a new permutation, the same on every rank
             timer = EpochTimer(sharding, state.batch, communication)
             if graphs is None:
-                for images, labels, global_size in global_batches(
-                    split, sampler, sharding, state.batch, config.random_shift
-                ):
+                batches = global_batches(split, sampler, sharding, state.batch, config.random_shift)
+                for images, labels, global_size in batches:
                     scale = torch.full((), world.world_size / global_size, device=world.device)
                     loss = step(model, state.optimizer, images, labels, scale)
-                    if state.scheduler is not None:
-                        state.scheduler.step()
-                    state.count_step(loss)
+                    state.count_step(loss)  # and step the learning rate's schedule
                     progress.step(state.step, loss)
                     job.sync_step(state, sync)  # now and then: stop, save, not a number
             else:  # --cuda-graphs: many times train_step in one launch
@@ -85,11 +80,7 @@ def fit(job: Job, state: TrainState, sync: RankSync) -> None:
 
 
 def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    scale: Tensor,
+    model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, scale: Tensor
 ) -> Tensor:
     """Take one optimizer step on this rank's part of a global batch; return its summed loss.
 
@@ -111,8 +102,7 @@ def validate(job: Job, state: TrainState, metrics: dict[str, float], progress: P
     # All-reduces float64 sums, so that every sample counts once whatever does not divide by what.
     validation = evaluate(state.model, job.dataset.validation, world, 16 if with_plots else 0)
     improved = state.finish_epoch(validation.loss)
-    metrics |= {"val/loss": validation.loss, "val/accuracy": validation.accuracy}
-    metrics |= {"lr": state.optimizer.param_groups[0]["lr"]}
+    metrics |= {"val/loss": validation.loss, "val/accuracy": validation.accuracy, "lr": state.lr}
     # Logged before it is saved: a kill in between repeats the epoch and drops its record.
     log(job, state, metrics, job.build_plots(state, validation) if with_plots else None)
     job.save_checkpoint(state, metrics, best=improved, newest=job.is_save_due(state.epoch))
@@ -137,13 +127,12 @@ def log(
     details: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
     """Write one record to TensorBoard and metrics.jsonl, on rank 0."""
-    if not job.world.is_main_process:
-        return
-    for tag, value in metrics.items():
-        job.run.writer.add_scalar(tag, value, state.step)
-    if plots is not None:
-        job.run.writer.add_plots(plots, state.step)
-    job.run.writer.commit(state.epoch, state.step, details)
+    if job.world.is_main_process:
+        for tag, value in metrics.items():
+            job.run.writer.add_scalar(tag, value, state.step)
+        if plots is not None:
+            job.run.writer.add_plots(plots, state.step)
+        job.run.writer.commit(state.epoch, state.step, details)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -117,9 +117,9 @@ class TrainConfig:
         "continues uncompiled, with a message, if compilation fails",
     )
     cuda_graphs: Literal["auto", "off"] = flag(
-        "off",
-        help="launch many steps on a GPU as one CUDA graph where that works (auto), or each step "
-        "by itself (off); off by default until it has been tested on a GPU",
+        "auto",
+        help="launch many training steps on a GPU as one CUDA graph where that works (auto), or "
+        "each step by itself (off)",
     )
     device: str = flag(
         "auto",

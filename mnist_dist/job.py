@@ -70,12 +70,6 @@ class Job:
         """What every number of the run depends on: a resume must have the same."""
         return self.config.hyperparameters() | {"data": self.dataset.fingerprint}
 
-    @property
-    def save_every_seconds(self) -> float | None:
-        """Interval of checkpoints by the clock."""
-        minutes = self.config.checkpoint_every_minutes
-        return minutes * 60 if minutes else None
-
     def is_save_due(self, epoch: int) -> bool:
         """Return whether the run gets a checkpoint after `epoch` epochs."""
         return epoch % self.config.checkpoint_every_epochs == 0 or epoch == self.config.epochs
@@ -128,11 +122,20 @@ class Job:
     def is_complete(self, state: TrainState) -> bool:
         """Return whether the run has nothing left to do; every rank must call this."""
         is_marked = self.world.on_main(lambda: self.run.status) == "completed"
-        return is_marked and state.epoch == self.config.epochs
+        is_complete = is_marked and state.epoch == self.config.epochs
+        if is_complete:
+            self.console.print(f"{self.run}: already complete; --epochs N trains up to N epochs")
+        return is_complete
 
-    def start_run(self, state: TrainState) -> None:
-        """Check that the ranks' weights agree, then record and print what runs where."""
+    def start_run(self, state: TrainState) -> RankSync:
+        """Check that the ranks' weights agree, then record and print what runs where.
+
+        Returns:
+            What the ranks sync by; it catches stop signals from now on.
+        """
         config, world, console = self.config, self.world, self.console
+        minutes = config.checkpoint_every_minutes
+        sync = RankSync(world, minutes * 60 if minutes else None, config.step_timeout)
         world.check_equal({"the weights": state.weights_digest()}, "this is a bug, or bad memory")
         data = {"data": self.dataset.description, "data_fingerprint": self.dataset.fingerprint}
         facts = world.facts() | data
@@ -151,6 +154,7 @@ class Job:
         console.print_field("run", str(self.run))
         if state.step:
             console.print(f"resume at step {state.step}, {_counted(state.epoch, 'epoch')} done")
+        return sync
 
     def _plan(self) -> str:
         config = self.config
@@ -267,13 +271,9 @@ class Job:
         """Train on the rest of an epoch by CUDA graphs, as train_ddp.py does step by step."""
         graphs.start_epoch(sampler, state.batch)
         while state.batch < self.sharding.steps_per_epoch:
-            rates = []
-            for _ in range(self._steps_until_sync(state, sync)):
-                rates.append(state.optimizer.param_groups[0]["lr"])
-                if state.scheduler is not None:
-                    state.scheduler.step()
+            rates = [state.next_lr() for _ in range(self._steps_until_sync(state, sync))]
             losses = graphs.take(rates)
-            state.count_steps(losses)
+            state.count_steps(len(rates), losses)
             progress.step(state.step, losses)
             self.sync_step(state, sync, len(rates))
 

@@ -63,10 +63,15 @@ def check_all(device: str, only: list[str]) -> dict[str, dict[str, Any]]:
     """Make all checks, some at a time, each in a process of its own; return results by name."""
     names = [*checks.ON_ANY_DEVICE, *(checks.ON_GPUS if device != "cpu" else ())]
     names = [name for name in names if not only or name in only]
-    at_once = _AT_ONCE if device != "cpu" else 1
-    with ThreadPoolExecutor(at_once) as pool:
-        found = pool.map(lambda name: _check(name, device), names)
-        return dict(zip(names, found, strict=True))
+    found: dict[str, dict[str, Any]] = {}
+    for at_once, chosen in (
+        (_AT_ONCE if device != "cpu" else 1, [n for n in names if n not in checks.ALONE]),
+        (1, [n for n in names if n in checks.ALONE]),
+    ):
+        with ThreadPoolExecutor(at_once) as pool:
+            results = pool.map(lambda name: _check(name, device), chosen)
+            found |= dict(zip(chosen, results, strict=True))
+    return found
 
 
 def _check(name: str, device: str) -> dict[str, Any]:

@@ -28,6 +28,24 @@ class DropoutMLP(MLP):
         return super().forward(nn.functional.dropout(images, 0.2, self.training))
 
 
+class SmoothMLP(MLP):
+    """The MLP without ReLU's step in the derivative."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = torch.tanh(self.hidden2(torch.tanh(self.hidden1(images))))
+        logits: Tensor = self.out(hidden)
+        return logits
+
+
+class HangingMLP(MLP):
+    """Keeps the GPU busy for seconds in each step of a graph."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.is_cuda and torch.cuda.is_current_stream_capturing():
+            torch.cuda._sleep(12_000_000_000)  # cycles
+        return super().forward(images)
+
+
 class ReadingMLP(MLP):
     """Reads from the device in each step, which no graph can hold."""
 

@@ -31,6 +31,8 @@ class Recipe:
     decay: float = 0.0
     schedule: Schedule = "constant"
     shift: int = 0
+    total_steps: int = 100_000
+    """Of the schedule."""
 
 
 def set_up(device: str) -> torch.device:
@@ -76,7 +78,7 @@ class Steps:
             DistributedDataParallel(self.bare, gradient_as_bucket_view=True) if ddp else self.bare
         )
         self.optimizer, self.scheduler = build_optimizer(
-            self.bare, recipe.lr, recipe.momentum, recipe.decay, recipe.schedule, 100_000
+            self.bare, recipe.lr, recipe.momentum, recipe.decay, recipe.schedule, recipe.total_steps
         )
         self.graphs = None
         self._epoch = 0

@@ -36,7 +36,10 @@ def is_comm_error(error: BaseException) -> bool:
     """Return whether `error` only means that another process did not respond."""
     if isinstance(error, (DistError, ConnectionError)):
         return True
-    return isinstance(error, RuntimeError) and bool(_COMM_ERROR.search(str(error)))
+    text = str(error)
+    # "CUDA error: the launch timed out" is this rank's own.
+    own = text.startswith("CUDA error")
+    return isinstance(error, RuntimeError) and not own and bool(_COMM_ERROR.search(text))
 
 
 def describe(error: BaseException) -> str:

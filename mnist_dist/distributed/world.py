@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +34,7 @@ from mnist_dist.distributed.failures import (
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.network import interface_towards
 from mnist_dist.distributed.rendezvous import rendezvous
+from mnist_dist.distributed.store import StoreMailbox
 from mnist_dist.errors import JobError, ReportedError, UserError
 from mnist_dist.torch_internals import set_group_timeout
 
@@ -239,6 +241,7 @@ def init_distributed(
     use_batch_scheduling()
     notify = _print if launch.local_rank == 0 else lambda line: None
     store = rendezvous(launch, timeout, notify)
+    _check_devices(launch, chosen, device, store, timeout)
     world = init_process_group(launch, chosen, name, store, timeout)
     try:
         yield world
@@ -251,6 +254,28 @@ def init_distributed(
     # Rank 0 may host the store: the barrier keeps it alive until no rank needs it.
     world.barrier()
     dist.destroy_process_group()
+
+
+def _check_devices(
+    launch: Launch, device: torch.device, wanted: str, store: Store, timeout: float
+) -> None:
+    """Check that all ranks use GPUs or all use CPUs: they could not form a group otherwise.
+
+    Raises:
+        UserError: on all ranks, if not.
+    """
+    mailbox = StoreMailbox(store, "devices")
+    mailbox.publish(f"{launch.rank}", device.type)
+    keys = [f"{rank}" for rank in range(launch.world_size)]
+    found = mailbox.collect(keys, time.monotonic() + timeout)
+    on_gpus = [rank for rank, kind in enumerate(found) if kind == "cuda"]
+    on_cpus = [rank for rank, kind in enumerate(found) if kind == "cpu"]
+    if on_gpus and on_cpus:
+        raise UserError(
+            f"--device {wanted}: {format_ranks(on_gpus)} would train on GPUs and "
+            f"{format_ranks(on_cpus)} on CPUs; start as many processes on each node as it has "
+            "GPUs, or use --device cpu"
+        )
 
 
 def init_process_group(

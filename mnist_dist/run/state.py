@@ -70,17 +70,34 @@ class TrainState:
     _ranks: _Ranks | None = None
     """What was last known of all ranks."""
 
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
     def count_step(self, loss_sum: Tensor) -> None:
         """Count one optimizer step with this rank's summed loss, () float32."""
-        self._losses.append(loss_sum)
-        self.batch += 1
-        self.step += 1
+        self.count_steps(1, loss_sum)
+        self.next_lr()
 
-    def count_steps(self, loss_sums: Tensor) -> None:
-        """Count n optimizer steps with this rank's summed losses, (n,) float32."""
+    def count_steps(self, steps: int, loss_sums: Tensor) -> None:
+        """Count optimizer steps, whose learning rates `next_lr` gave, with this rank's losses.
+
+        Args:
+            steps: how many.
+            loss_sums: summed over the samples of each step: () float32 of one, or (steps,).
+        """
         self._losses.append(loss_sums)
-        self.batch += len(loss_sums)
-        self.step += len(loss_sums)
+        self.batch += steps
+        self.step += steps
+
+    def next_lr(self) -> float:
+        """Step the schedule; return the learning rate that the step before it has."""
+        rate = self.lr
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return rate
 
     def drain_losses(self) -> int | None:
         """Read the losses of the steps since the last call from the device.
