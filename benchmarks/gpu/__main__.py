@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="make the checks")
     parser.add_argument("--measure", action="store_true", help="take the measurements (GPU only)")
     parser.add_argument("--data", default="auto", help="full MNIST, for the measurements")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of epochs; 0 leaves them out")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a check")
     parser.add_argument("--run", metavar="NAME", help=argparse.SUPPRESS)
