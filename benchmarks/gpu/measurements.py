@@ -183,7 +183,10 @@ def _job(data: str, device: str) -> dict[str, Any]:
                     break
             first = time.monotonic() - started
             jobs.finish(run, job, started).require()
-            found[f"graphs {graphs}"] = {"start to the end of epoch 1, s": first, **_recorded_epochs(run)}
+            found[f"graphs {graphs}"] = {
+                "start to the end of epoch 1, s": first,
+                **_recorded_epochs(run),
+            }
     return found
 
 
