@@ -233,14 +233,23 @@ class GraphSteps:
     def _unchanged(self) -> Iterator[None]:
         """Put weights, buffers, optimizer and random states back at the end of the block.
 
-        Tensors that the optimizer has made by then are set to zeros, as LeanSGD makes them.
+        Tensors that the optimizer has made by then are set to zeros, as LeanSGD makes them. After
+        a failed capture nothing is put back: the device may not be usable, and the job ends.
         """
         state = self._optimizer.state
         kept = [(tensor, tensor.clone()) for tensor in self._model.state_dict().values()]
         before = {id(t): t.clone() for s in state.values() for t in s.values()}
-        devices = [self._rows.device] if self._rows.is_cuda else []
-        with torch.random.fork_rng(devices=devices):
+        device = self._rows.device
+        random_state = torch.get_rng_state()
+        cuda_random_state = torch.cuda.get_rng_state(device) if self._rows.is_cuda else None
+        cannot_capture = None
+        try:
             yield
+        except CannotCaptureError as error:
+            cannot_capture = error
+        torch.set_rng_state(random_state)
+        if cuda_random_state is not None:
+            torch.cuda.set_rng_state(cuda_random_state, device)
         with torch.no_grad():
             for tensor, value in kept:
                 tensor.copy_(value)
@@ -249,6 +258,8 @@ class GraphSteps:
                     tensor.copy_(before[id(tensor)])
                 else:
                     tensor.zero_()
+        if cannot_capture is not None:
+            raise cannot_capture
 
     def close(self) -> None:
         """Free the graphs: a process group whose collectives they hold cannot be destroyed."""
