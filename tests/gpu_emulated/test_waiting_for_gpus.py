@@ -1,4 +1,4 @@
-"""Waits for a GPU end: in time, with a peer's failure, or after a stop; with events of stand-ins."""
+"""Waits for a GPU end in time, with a peer's failure or after a stop; its events are stand-ins."""
 
 import os
 import signal
@@ -99,9 +99,10 @@ def test_work_that_does_not_end_in_time_is_a_lost_connection(
 ) -> None:
     make_events(None)
     queue = LaunchQueue(GPU, 0.05, ignore)
+    for _ in range(32):
+        queue.add()
     with pytest.raises(ConnectionError, match=r"Timed out after 0.05 s waiting for the GPU") as e:
-        for _ in range(33):
-            getattr(queue, call)()
+        getattr(queue, call)()
     assert is_comm_error(e.value)
 
 
