@@ -20,7 +20,7 @@ def connect(uuids: list[str], nccl_error: str) -> str:
     """The error of connecting GPUs with these UUIDs, over a group of gloo."""
     with init_distributed(read_launch(), "cpu", "auto") as cpus:
         properties = SimpleNamespace(uuid=uuids[cpus.rank])
-        torch.cuda.get_device_properties = lambda device: properties  # type: ignore[assignment]
+        setattr(torch.cuda, "get_device_properties", lambda device: properties)  # noqa: B010
 
         def all_reduce_sum(self: World, values: Any) -> Any:
             if nccl_error and self.rank == 1:
@@ -68,9 +68,13 @@ def group_options() -> tuple[str, str | None]:
         made.append(backend)
         init("gloo", **options)
 
-    dist.init_process_group = init_with_gloo
-    world._connect_gpus = lambda ranks: made.append(ranks.backend)
-    world.pick_device = lambda *_: GPU
+    stand_ins: dict[str, Any] = {
+        "_connect_gpus": lambda ranks: made.append(ranks.backend),
+        "pick_device": lambda *_: GPU,
+    }
+    for name, stand_in in stand_ins.items():
+        setattr(world, name, stand_in)
+    setattr(dist, "init_process_group", init_with_gloo)  # noqa: B010
     with init_distributed(read_launch(), "cuda", "auto") as ranks:
         ranks.barrier()
         made.append(str(ranks.gather(ranks.rank)))
