@@ -154,6 +154,8 @@ def main(words: list[str]) -> int:
     """`MODULE --help`, for `help_of`."""
     sys.argv = [words[0], "--help"]
     module = importlib.import_module(words[0])
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{words[0]}.__main__")
     if words[0].startswith("benchmarks."):
         module.main()
     return int(getattr(module, "main", module.run)(["--help"]))

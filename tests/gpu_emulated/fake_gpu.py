@@ -54,7 +54,7 @@ class Waits(TorchDispatchMode):
     """Records each operation for which the host would wait for the GPU."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[str] = []
         self.operations = 0
 
@@ -184,7 +184,7 @@ def reading(waits: Waits) -> dict[str, Any]:
     rank = Rank(World(launch(1), GPU, "none"))
     for loss in rank.eager_losses():
         rank.state.count_step(loss)
-    rank.state.count_steps(torch.empty(7, device=GPU))
+    rank.state.count_steps(7, torch.empty(7, device=GPU))
     found: dict[str, Any] = {"drain": waits.listed(rank.state.drain_losses)}
     saved: dict[str, Any] = {}
     found["state_dict"] = waits.listed(lambda: saved.update(rank.state.state_dict(rank.world)))
@@ -219,7 +219,7 @@ def collectives(waits: Waits) -> dict[str, list[str]]:
         values[:] = [value] * len(values)
         note("all_gather_object")
 
-    dist.all_gather_object = all_gather_object
+    dist.all_gather_object = all_gather_object  # type: ignore[assignment]
     world = World(launch(2), GPU, "nccl")
     rank = Rank(world)
     sync = RankSync(world)
@@ -264,7 +264,8 @@ def fake_gpu() -> Iterator[Waits]:
         assert tensor.device.type == "cpu"
         return np.zeros(tuple(tensor.shape), np.float32)
 
-    FakeTensor.tolist, FakeTensor.numpy = tolist, numpy  # type: ignore[method-assign]
+    for name, stand_in in (("tolist", tolist), ("numpy", numpy)):
+        setattr(FakeTensor, name, stand_in)
     torch.cuda.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)
     torch.cuda.set_rng_state = lambda *_: None
     with FakeTensorMode(allow_non_fake_inputs=True), waits:

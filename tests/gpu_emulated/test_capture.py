@@ -31,7 +31,7 @@ class Recording(TorchDispatchMode):
     """Adds each operation to a graph."""
 
     def __init__(self, operations: list[Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations = operations
 
     def __torch_dispatch__(

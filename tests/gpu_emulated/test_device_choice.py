@@ -132,9 +132,7 @@ def test_a_machine_without_gpus_is_the_cpu_without_a_warning(fake_gpus: FakeGpus
         pick_device(torchrun(0, 2), "cuda")
 
 
-def test_cpu_does_not_ask_for_gpus(
-    fake_gpus: FakeGpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cpu_does_not_ask_for_gpus(fake_gpus: FakeGpus, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked"))
     assert pick_device(torchrun(0, 2), "cpu") == CPU

@@ -112,7 +112,7 @@ class Run:
                 count = min(left, calls[len(saved) % len(calls)])
                 losses = self.graphs.take([self.step_scheduler() for _ in range(count)])
                 self.losses.append(losses.clone())
-                self.state.count_steps(losses)
+                self.state.count_steps(len(losses), losses)
                 self.state.drain_losses()
                 saved.append(copy.deepcopy(self.state.state_dict(self.world)))
             self.state.finish_epoch(0.0)

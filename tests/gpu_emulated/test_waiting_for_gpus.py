@@ -1,6 +1,7 @@
-"""Waits for a GPU end: in time, with a peer's failure, or after a stop; with events of stand-ins."""
+"""Waits for a GPU end in time, with a peer's failure or after a stop; its events are stand-ins."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -99,9 +100,10 @@ def test_work_that_does_not_end_in_time_is_a_lost_connection(
 ) -> None:
     make_events(None)
     queue = LaunchQueue(GPU, 0.05, ignore)
+    for _ in range(32):
+        queue.add()
     with pytest.raises(ConnectionError, match=r"Timed out after 0.05 s waiting for the GPU") as e:
-        for _ in range(33):
-            getattr(queue, call)()
+        getattr(queue, call)()
     assert is_comm_error(e.value)
 
 
@@ -132,14 +134,14 @@ def test_on_a_cpu_nothing_is_waited_for(make_events: MakeEvents) -> None:
 
 
 def wait_of_two_ranks(case: str) -> str:
-    """How a rank's wait for its GPU ends; it would be given up after 60 s."""
+    """How a rank's wait for its GPU ends; it would be given up after 1,000 s."""
     events = Events(None)
     torch.cuda.Event = events  # type: ignore[assignment, misc]
     devices._CHECK_EVERY_S, sync._GRACE_S = 0.02, 0.1
     store = HashStore()
     peer = FailureStore(store, 1, 2)
     launch = Launch("torchrun", 0, 0, 2, 2)
-    ranks = RankSync(World(launch, GPU, "nccl", FailureStore(store, 0, 2)), step_timeout=60)
+    ranks = RankSync(World(launch, GPU, "nccl", FailureStore(store, 0, 2)), step_timeout=1000)
     actions: dict[str, Callable[[], None]] = {
         "peer fails": lambda: peer.publish("RuntimeError: boom"),
         "stopped": lambda: os.kill(os.getpid(), signal.SIGTERM),
@@ -155,12 +157,12 @@ def wait_of_two_ranks(case: str) -> str:
 
 @pytest.mark.parametrize("case", ["peer fails", "stopped"])
 def test_a_wait_ends_early_when_a_peer_has_failed_or_this_rank_was_stopped(case: str) -> None:
-    (text,) = run_ranks(wait_of_two_ranks, 1, case, timeout=45)
-    assert text.startswith("Timed out after 0 s") or text.startswith("Timed out after 1 s")
+    (text,) = run_ranks(wait_of_two_ranks, 1, case)
+    assert re.fullmatch(r"Timed out after \d+ s waiting for the GPU", text)
 
 
 def test_a_wait_goes_on_while_peers_are_well() -> None:
-    assert run_ranks(wait_of_two_ranks, 1, "GPU gets done", timeout=45) == ["done: 1"]
+    assert run_ranks(wait_of_two_ranks, 1, "GPU gets done") == ["done: 1"]
 
 
 def end_of_rank() -> str:
@@ -172,7 +174,7 @@ def end_of_rank() -> str:
             if world.rank == 1:
                 raise KeyError("no such digit")
             on_gpu = World(world.launch, GPU, "nccl", world.failures)
-            RankSync(on_gpu, step_timeout=60).wait_for_device()
+            RankSync(on_gpu, step_timeout=1000).wait_for_device()
     except (PeerLostError, KeyError) as error:
         if isinstance(error, KeyError):
             time.sleep(3)  # as a real rank, whose connections close when it has ended
@@ -181,7 +183,7 @@ def end_of_rank() -> str:
 
 
 def test_a_rank_that_waits_for_its_gpu_names_the_peer_that_failed_and_why() -> None:
-    waiting, failed = run_ranks(end_of_rank, 2, timeout=45)
+    waiting, failed = run_ranks(end_of_rank, 2)
     assert failed == "KeyError: 'no such digit'"
     assert waiting.startswith("PeerLostError: rank 1 failed: KeyError: 'no such digit'")
     assert "waiting for the GPU" in waiting

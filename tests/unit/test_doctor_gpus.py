@@ -345,7 +345,10 @@ def cuda(monkeypatch: pytest.MonkeyPatch, nvidia_smi: Callable[[str], None]) -> 
             uuid=UUIDS[number].removeprefix("GPU-")
         ),
         "can_device_access_peer": lambda first, second: True,
+        "init": lambda: None,
         "set_device": lambda device: None,
+        "set_stream": lambda stream: None,
+        "Stream": lambda device: None,
     }
 
     def patch(**functions: Any) -> None:

@@ -37,6 +37,32 @@ def test_steps_and_state_are_those_of_torch_to_the_last_bit(momentum: float, dec
         assert torch.equal(state["momentum_buffer"], expected["state"][number]["momentum_buffer"])
 
 
+@pytest.mark.parametrize(("momentum", "decay"), [(0, 0), (0, 0.01), (0.9, 0), (0.9, 0.01)])
+def test_a_learning_rate_in_a_tensor_gives_the_update_of_the_number(
+    momentum: float, decay: float
+) -> None:
+    torch.manual_seed(0)
+    models = MLP(), MLP()
+    models[1].load_state_dict(models[0].state_dict())
+    start = copy.deepcopy(models[0].state_dict())
+    number, tensor = (LeanSGD(m.parameters(), 0.1, momentum, weight_decay=decay) for m in models)
+    for step in range(6):
+        rate = 0.1 / (1 + step)
+        number.param_groups[0]["lr"], tensor.param_groups[0]["lr"] = rate, torch.tensor(rate)
+        for model in models:
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+        number.step()
+        tensor.step()
+    for name, expected in models[0].state_dict().items():
+        assert (models[1].state_dict()[name] - expected).abs().max() <= 1e-6
+        assert (start[name] - expected).abs().max() > 0.01
+    for mine, other in zip(number.state.values(), tensor.state.values(), strict=True):
+        assert torch.allclose(mine["momentum_buffer"], other["momentum_buffer"], atol=1e-6)
+    assert bool(tensor.state) == bool(momentum)
+
+
 def test_a_layer_that_a_step_did_not_use_stays_as_it_is() -> None:
     model = MLP()
     before = copy.deepcopy(model.state_dict())
