@@ -23,6 +23,7 @@ from mnist_dist.distributed.ddp import (
     check_compression,
     compile_or_explain,
     register_comm_hook,
+    settle_buckets,
 )
 from mnist_dist.distributed.devices import set_precision, set_threads
 from mnist_dist.distributed.failures import PeerLostError, format_ranks
@@ -214,6 +215,7 @@ class Job:
             transport, seconds = register_comm_hook(
                 model, world, share_memory, config.step_timeout, config.grad_compression
             )
+            settle_buckets(model)
             description = ", ".join(["DistributedDataParallel", *applied, transport])
         else:
             description, seconds = ", ".join(["single process", *applied]), lambda: None

@@ -70,6 +70,24 @@ def register_comm_hook(
     return f"gradients over {world.backend}", lambda: None
 
 
+def settle_buckets(model: DistributedDataParallel) -> None:
+    """Let DDP choose the final order of its buckets now; every rank must call this.
+
+    It does so after its first backward pass, by the order in which gradients were ready. Where they
+    lie in a bucket decides in which order an all-reduce adds them up: without this, the first step
+    after a resume would differ in its last bits from the same step of a run that went on.
+
+    Args:
+        model: after `register_comm_hook`. Unchanged but for that order: in evaluation mode it draws
+            no random numbers.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    model(torch.zeros(1, IMAGE_PIXELS, device=device)).sum().backward()
+    model.zero_grad()
+    model.train(was_training)
+
+
 def check_compression(compression: Compression, backend: str) -> None:
     """Raise UserError if PyTorch's hook for `compression` does not work over `backend`."""
     if compression == "bf16" and backend == "gloo":

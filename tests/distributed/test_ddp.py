@@ -60,6 +60,6 @@ def test_every_rank_builds_one_ddp_and_every_gradient_goes_through_it(
     """DDP's buckets have an order of their own, so what they hold is compared sorted."""
     flags = [*FLAGS, "--run-dir=run"]
     for seen in run_ranks(train_and_watch, world_size, str(tmp_path), flags):
-        assert (seen["wrapped"], seen["steps"], len(seen["averaged"])) == (1, STEPS, STEPS)
-        assert seen["averaged"] == seen["used"]
+        assert (seen["wrapped"], seen["steps"], len(seen["used"])) == (1, STEPS, STEPS)
+        assert seen["averaged"][1:] == seen["used"]  # the first settles the order of the buckets
         assert all(any(gradients) for gradients in seen["used"])

@@ -55,12 +55,22 @@ def cut_back(whole: Path, run: Path, step: int) -> None:
     (run / "status.json").write_text(json.dumps({**status, "status": "running"}))
 
 
-@pytest.mark.parametrize("step", ["ddp", "manual"])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("world_size", "way"),
+    [
+        (1, "--step=ddp"),
+        (2, "--step=ddp"),
+        (1, "--step=manual"),
+        (2, "--step=manual"),
+        (
+            3,
+            "--shared-memory=off",
+        ),  # gloo adds up in an order that depends on the place in a bucket
+    ],
+)
 def test_a_resume_at_every_step_ends_in_the_same_bits(
-    world_size: int, step: str, tmp_path: Path
+    world_size: int, way: str, tmp_path: Path
 ) -> None:
-    way = f"--step={step}"
     saving = ["--checkpoint-every-steps=1", "--keep-checkpoints=100"]
     whole = completed_run(tmp_path, world_size, *SMALL, *RECIPE, *saving, way)
     expected = torch.load(whole / "checkpoints" / f"step_{STEPS:08d}.pt", weights_only=True)
