@@ -78,6 +78,10 @@ def check_devices(facts_by_rank: FactsByRank) -> list[Finding]:
     if not findings and (differing := difference(kinds, facts_by_rank)):
         remedy = "check why torch sees no GPU there (nvidia-smi), or train with --device cpu"
         findings.append(Finding("devices", "problem", f"the device differs: {differing}", remedy))
+    if warned := [facts for facts in facts_by_rank.values() if facts.device_warning]:
+        text, _, remedy = str(warned[0].device_warning).partition("; ")
+        text = f"{name_ranks((facts.rank for facts in warned), facts_by_rank)}: {text}"
+        findings.append(Finding("devices", "warning", text, remedy or "train with --device cpu"))
     findings += gpu_checks.check_detection(facts_by_rank)
     findings += gpu_checks.check_sharing(facts_by_rank)
     if findings:

@@ -26,7 +26,7 @@ from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.rendezvous import rendezvous
 from mnist_dist.distributed.store import StoreMailbox
 from mnist_dist.distributed.world import World, init_process_group
-from mnist_dist.errors import RendezvousError
+from mnist_dist.errors import RendezvousError, ReportedError
 
 Payloads = list[Any]
 """What each rank measured, in rank order."""
@@ -261,7 +261,7 @@ class Examination:
                 worlds.append(
                     init_process_group(self._launch, device, facts.backend, store, timeout)
                 )
-            except RuntimeError as error:
+            except (ReportedError, RuntimeError) as error:
                 return {"error": brief(error)}
             return allreduce_check.by_backend(worlds[0])
 

@@ -55,6 +55,8 @@ class Facts:
     device: str
     backend: Backend
     device_error: str | None
+    device_warning: str | None
+    """Why "auto" is the CPU where there are GPUs."""
     gpus: GpuFacts
     interfaces: dict[str, str]
     interface: str
@@ -85,7 +87,7 @@ def gather_facts(launch: Launch, device: str, backend: str) -> tuple[Facts, torc
     """Collect the facts of this rank, choosing device, threads and interface as training does."""
     set_threads(launch)
     no_cuda = why_no_cuda() if device != "cpu" else None
-    chosen, name, error = _choose(launch, device, backend, no_cuda)
+    chosen, name, error, warning = _choose(launch, device, backend, no_cuda)
     interface, address, interface_error = _gloo_interface(launch)
     if name == "nccl":
         interface_error = interface_error or _nccl_interface_error()
@@ -102,6 +104,7 @@ def gather_facts(launch: Launch, device: str, backend: str) -> tuple[Facts, torc
         device=str(chosen),
         backend=name,
         device_error=error,
+        device_warning=warning,
         gpus=read_gpus(no_cuda) if device != "cpu" else GpuFacts(),
         interfaces=interfaces(),
         interface=interface,
@@ -117,17 +120,20 @@ def gather_facts(launch: Launch, device: str, backend: str) -> tuple[Facts, torc
 
 def _choose(
     launch: Launch, device: str, backend: str, no_cuda: str | None
-) -> tuple[torch.device, Backend, str | None]:
-    """Choose device and backend as training does; return them, and why that fails."""
+) -> tuple[torch.device, Backend, str | None, str | None]:
+    """Choose device and backend as training does; return them, why that fails, and a warning."""
+    warned: list[str] = []
     try:
         if no_cuda and device.startswith("cuda"):
             raise UserError(f"--device {device}: no GPU can be used ({no_cuda}); use --device cpu")
-        chosen = pick_device(launch, "cpu" if no_cuda else device)
-        return chosen, pick_backend(launch, chosen, device, backend), None
+        chosen = pick_device(launch, "cpu" if no_cuda else device, warned.append)
+        name = pick_backend(launch, chosen, device, backend)
+        return chosen, name, None, warned[0] if warned else None
     except UserError as failure:
-        return torch.device("cpu"), "gloo", str(failure)
+        error = str(failure)
     except RuntimeError as failure:
-        return torch.device("cpu"), "gloo", f"torch cannot use a GPU: {shorten(str(failure))}"
+        error = f"torch cannot use a GPU: {shorten(str(failure))}"
+    return torch.device("cpu"), "gloo", error, None
 
 
 def _read(path: str) -> str:
