@@ -5,6 +5,7 @@ processes' work and not for seven imports of torch on two cores.
 """
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import multiprocessing
@@ -90,13 +91,21 @@ def run_ranks(
         for (_, sender), environment in zip(pipes, environments, strict=True)
     ]
     try:
-        for rank in ranks:
+        for rank, (_, sender) in zip(ranks, pipes, strict=True):
             rank.start()
+            sender.close()  # so that a rank that dies ends its pipe
         results = []
         for number, (receiver, _) in enumerate(pipes):
             if not receiver.poll(timeout):
                 raise TimeoutError(f"rank {number} of {world_size} gave nothing in {timeout} s")
-            ok, value = receiver.recv()
+            try:
+                ok, value = receiver.recv()
+            except EOFError:
+                ranks[number].join()
+                code = ranks[number].exitcode
+                raise RuntimeError(
+                    f"rank {number} of {world_size} died, exit code {code}"
+                ) from None
             if not ok:
                 raise RuntimeError(f"rank {number} of {world_size} failed:\n{value}")
             results.append(value)
@@ -118,6 +127,7 @@ def _rank(
             del os.environ[name]
     os.environ.update(environment)
     torch.set_num_threads(1)
+    faulthandler.enable()
     try:
         sender.send((True, target(*args)))
     except BaseException:
