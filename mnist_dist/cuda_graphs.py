@@ -19,13 +19,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 from mnist_dist.data import Split
 from mnist_dist.dimensions import IMAGE_SIDE
 from mnist_dist.errors import JobError
 from mnist_dist.model import pixels
-from mnist_dist.optimizer import TrainStep
+from mnist_dist.optimizer import LeanSGD, TrainStep
 from mnist_dist.sampling import Sharding, local_indices, random_shifts
 from mnist_dist.torch_internals import foreach_copy_
 
@@ -225,7 +226,16 @@ class GraphSteps:
         try:
             self._run(1)
         except RuntimeError as error:
-            raise CannotCaptureError(str(error).splitlines()[0]) from error
+            reason = str(error).splitlines()[0]
+            if "synchronizing CUDA operation" not in reason:
+                raise
+            if isinstance(self._model, DistributedDataParallel):
+                # Its reducer does not recover from a step that ended in the middle.
+                raise JobError(
+                    f"--cuda-graphs auto: the training step reads from the GPU ({reason}); give "
+                    "--cuda-graphs off"
+                ) from error
+            raise CannotCaptureError(reason) from error
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -237,7 +247,8 @@ class GraphSteps:
         a failed capture nothing is put back: the device may not be usable, and the job ends.
         """
         state = self._optimizer.state
-        kept = [(tensor, tensor.clone()) for tensor in self._model.state_dict().values()]
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
         before = {id(t): t.clone() for s in state.values() for t in s.values()}
         device = self._rows.device
         random_state = torch.get_rng_state()
@@ -268,8 +279,10 @@ class GraphSteps:
         self._graphs.clear()
 
 
-def obstacle(model: nn.Module) -> str | None:
+def obstacle(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
     """Return why the steps of `model` cannot be taken by GraphSteps, None if they can."""
+    if not isinstance(optimizer, LeanSGD):
+        return f"{type(optimizer).__name__} may start from another state than zeros"
     if any(isinstance(module, _BATCH_NORMS) for module in model.modules()):
         return "batch normalization would count the rows that fill up a short batch"
     return None

@@ -22,6 +22,10 @@ class UserError(ReportedError):
     exit_code = 2
 
 
+class NodeError(UserError):
+    """Input that does not fit one node. The first rank of each node that has it prints it."""
+
+
 class JobError(ReportedError):
     """The run cannot go on. The line says at which step, on which rank, why, and what to do."""
 

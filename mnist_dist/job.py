@@ -242,7 +242,8 @@ class Job:
             f"--grad-compression {config.grad_compression}": config.grad_compression != "none",
             "gloo works on the CPU": world.backend == "gloo",
         }
-        reason = next((text for text, is_there in obstacles.items() if is_there), obstacle(model))
+        reason = next((text for text, is_there in obstacles.items() if is_there), None)
+        reason = reason or obstacle(model, state.optimizer)
         graphs = None
         if reason is None:
             graphs = GraphSteps(
@@ -254,11 +255,9 @@ class Job:
                 config.random_shift,
                 launched=sync.launched,
             )
-            try:
-                world.run_on_all(graphs.capture)
-            except CannotCaptureError as error:
-                graphs, reason = None, str(error)
-        if graphs is None:
+            reasons = world.gather(world.run_on_all(lambda: _capture_or_explain(graphs)))
+            reason = next((text for text in reasons if text is not None), None)
+        if graphs is None or reason is not None:
             return None, f", no CUDA graphs: {reason}"
         return graphs, f", CUDA graphs of {_counted(graphs.steps_per_launch, 'step')}"
 
@@ -427,6 +426,15 @@ def _load_data(config: TrainConfig, world: World, console: Console) -> Dataset:
         "give every process the same flags, code and data",
     )
     return dataset.to(world.device)
+
+
+def _capture_or_explain(graphs: GraphSteps) -> str | None:
+    """Capture `graphs`; return why that cannot be, None if it is done."""
+    try:
+        graphs.capture()
+    except CannotCaptureError as error:
+        return str(error)
+    return None
 
 
 def _counted(count: int, noun: str) -> str:

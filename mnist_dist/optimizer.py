@@ -32,7 +32,16 @@ class LeanSGD(torch.optim.SGD):
     as a CUDA graph needs it, which gives the bits of the same number as a float.
     """
 
-    add_param_group = without_compiler(torch.optim.SGD.add_param_group)
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add the one group of parameters that there can be.
+
+        Raises:
+            ValueError: there is one already.
+        """
+        if self.param_groups:
+            raise ValueError("LeanSGD takes one group of parameters; use torch.optim.SGD for more")
+        without_compiler(torch.optim.SGD.add_param_group)(self, param_group)
+
     state_dict = without_compiler(torch.optim.SGD.state_dict)
     load_state_dict = without_compiler(torch.optim.SGD.load_state_dict)
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from mnist_dist.distributed.launcher import Launch
-from mnist_dist.errors import UserError
+from mnist_dist.errors import NodeError, UserError
 
 Backend = Literal["gloo", "nccl"]
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -25,7 +25,7 @@ _MOST_LAUNCHED = 32
 _SPIN_S, _CHECK_EVERY_S = 0.001, 0.5
 
 
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
 
 
 def check_device(device: str) -> None:
@@ -54,7 +54,10 @@ def pick_device(
     gpus, fault = _usable_gpus()
     processes, index = launch.local_world_size, _gpu_index(launch, device, gpus)
     if index is not None and index < gpus and fault is None:
-        return _use_gpu(index)
+        try:
+            return _use_gpu(index)
+        except RuntimeError as error:  # in exclusive mode, without memory, broken
+            gpus, fault = 0, str(error).splitlines()[0]
     if not gpus:
         shortage = f"torch finds no usable GPU here{f' ({fault})' if fault else ''}"
         remedy = "use --device cpu"
@@ -67,7 +70,7 @@ def pick_device(
             "or use --device cpu"
         )
     if device != "auto":
-        raise UserError(f"--device {device}: {shortage}; {remedy}")
+        raise NodeError(f"--device {device}: {shortage}; {remedy}")
     if fault or gpus:
         use = f"; --nproc_per_node={gpus} uses the GPU{'s' * (gpus > 1)}" if gpus else ""
         warn(f"--device auto: {shortage}: training on the CPU{use}")
@@ -126,7 +129,7 @@ def pick_backend(launch: Launch, device: torch.device, wanted: str, backend: str
     Raises:
         UserError: NCCL without GPUs, or for processes that share one.
     """
-    shared = launch.local_world_size > 1 and wanted.startswith("cuda:")
+    shared = launch.world_size > 1 and wanted.startswith("cuda:")
     if backend == "nccl" and device.type != "cuda":
         raise UserError("--backend nccl: no GPU is used here; use --backend gloo")
     if backend == "nccl" and shared:

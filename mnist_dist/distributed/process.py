@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import errors as elastic_errors
 
 from mnist_dist.distributed.failures import PeerLostError, wait_until_printed
-from mnist_dist.errors import RendezvousError, ReportedError
+from mnist_dist.errors import NodeError, RendezvousError, ReportedError
 from mnist_dist.torch_internals import default_store
 
 # How long a rank with an error of its own waits for rank 0 to print it.
@@ -74,7 +74,8 @@ def exit_with_error(launch: Launch, error: ReportedError) -> int:
     for a note in its store; before there is one, each rank found the error alone and waits to be
     stopped.
     """
-    prints = launch.rank == 0 or (isinstance(error, RendezvousError) and launch.local_rank == 0)
+    is_of_node = isinstance(error, (RendezvousError, NodeError))
+    prints = launch.rank == 0 or (is_of_node and launch.local_rank == 0)
     if prints:
         print(f"mnist-dist: {error.kind}: {error}", file=sys.stderr, flush=True)
     if dist.is_initialized():

@@ -260,5 +260,32 @@ def test_closing_frees_the_graphs_and_no_later_step_uses_them(stand_ins: StandIn
 def test_only_models_that_mix_samples_have_an_obstacle(
     make: Callable[[], nn.Module], is_there: bool
 ) -> None:
-    found = obstacle(make())
-    assert (found is not None) == is_there
+    model = make()
+    optimizer, _ = build_optimizer(model, 0.1, 0.9, 0.0, "constant", 1)
+    assert (obstacle(model, optimizer) is not None) == is_there
+
+
+def test_another_optimizer_is_an_obstacle_as_its_state_may_not_start_as_zeros() -> None:
+    model = MLP()
+    assert "NAdam" in (obstacle(model, torch.optim.NAdam(model.parameters())) or "")
+
+
+class CountingMLP(DropoutMLP):
+    """Has a buffer that no checkpoint holds, and that each step changes."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.add_(len(images))
+        return super().forward(images)
+
+
+def test_capturing_puts_buffers_back_that_no_checkpoint_holds(stand_ins: StandIns) -> None:
+    trainer = Trainer(CountingMLP)
+    trainer.graphs.capture()
+    (seen,) = trainer.model.buffers()
+    assert seen == 0

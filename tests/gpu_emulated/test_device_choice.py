@@ -253,3 +253,26 @@ def test_tf32_on_a_cpu_is_refused() -> None:
     with pytest.raises(UserError, match="--precision tf32: needs a GPU"):
         set_precision("tf32", CPU)
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_gpu_that_is_counted_but_cannot_be_used_is_a_warning_for_auto_and_else_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In exclusive mode, with full memory, or broken."""
+
+    def fail(_: object) -> None:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nmore")
+
+    for name, stand_in in {
+        "is_available": lambda: True,
+        "init": lambda: None,
+        "device_count": lambda: 2,
+        "set_device": fail,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    warned: list[str] = []
+    assert pick_device(Launch("none"), "auto", warned.append) == torch.device("cpu")
+    assert len(warned) == 1
+    assert "busy or unavailable" in warned[0]
+    with pytest.raises(UserError, match="busy or unavailable"):
+        pick_device(Launch("none"), "cuda")

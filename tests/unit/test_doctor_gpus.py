@@ -448,9 +448,9 @@ def test_a_driver_that_fails_at_once_is_a_fact(function: str, cuda: Callable[...
     cuda(**{function: fail})
     facts = gather()
     assert facts.device == "cpu"
-    error = facts.gpus.unavailable if function == "is_available" else facts.device_error
+    error = facts.gpus.unavailable if function == "is_available" else facts.device_warning
     assert error is not None
-    assert error.endswith("The NVIDIA driver on your system is too old (found version 11040)")
+    assert "The NVIDIA driver on your system is too old (found version 11040)" in error
 
 
 def test_a_build_without_nccl_has_no_version(

@@ -63,6 +63,13 @@ def test_a_learning_rate_in_a_tensor_gives_the_update_of_the_number(
     assert bool(tensor.state) == bool(momentum)
 
 
+def test_a_second_group_of_parameters_is_refused() -> None:
+    model = MLP()
+    groups = [{"params": layer.parameters()} for layer in (model.hidden1, model.out)]
+    with pytest.raises(ValueError, match="one group"):
+        LeanSGD(groups, 0.1)
+
+
 def test_a_layer_that_a_step_did_not_use_stays_as_it_is() -> None:
     model = MLP()
     before = copy.deepcopy(model.state_dict())

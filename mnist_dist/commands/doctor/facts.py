@@ -14,6 +14,7 @@ import torch
 from mnist_dist.commands.doctor.gpus import Gpu, GpuFacts, read_gpus, shorten, why_no_cuda
 from mnist_dist.distributed.devices import (
     Backend,
+    check_device,
     cpus_allowed,
     pick_backend,
     pick_device,
@@ -124,6 +125,7 @@ def _choose(
     """Choose device and backend as training does; return them, why that fails, and a warning."""
     warned: list[str] = []
     try:
+        check_device(device)
         if no_cuda and device.startswith("cuda"):
             raise UserError(f"--device {device}: no GPU can be used ({no_cuda}); use --device cpu")
         chosen = pick_device(launch, "cpu" if no_cuda else device, warned.append)
