@@ -119,7 +119,7 @@ class TrainConfig:
     cuda_graphs: Literal["auto", "off"] = flag(
         "auto",
         help="launch many training steps on a GPU as one CUDA graph where that works (auto), or "
-        "each step by itself (off)",
+        "every step separately (off)",
     )
     device: str = flag(
         "auto",

@@ -100,7 +100,7 @@ class GraphSteps:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def start_epoch(self, sampler: "DistributedSampler[Any]", batch: int) -> None:
-        """Fill the tables for the sampler's epoch, whose global batch `batch` is the next."""
+        """Fill the tables for the sampler's epoch; global batch `batch` is the next."""
         device = self._rows.device
         indices = local_indices(sampler, self._sharding)
         indices = F.pad(indices, (0, 1)).to(device)  # a rank without samples needs a row, too
@@ -273,7 +273,7 @@ class GraphSteps:
             raise cannot_capture
 
     def close(self) -> None:
-        """Free the graphs: a process group whose collectives they hold cannot be destroyed."""
+        """Free the graphs; must be called before the process group is destroyed."""
         for graph in self._graphs.values():
             graph.reset()
         self._graphs.clear()

@@ -61,7 +61,7 @@ def doctor_passes(device: str) -> str:
 def graph_steps_equal_eager_steps(device: str) -> str:
     """Bitwise where all batches are full, so that both multiply matrices of the same shapes.
 
-    Else to rounding, for a smooth model: a ReLU whose input is within rounding of 0 has the slope 0
+    Else to rounding, for a smooth model: a ReLU with an input within rounding of 0 has the slope 0
     in one run and 1 in the other.
     """
     whole = load_split("bundled", set_up(device))

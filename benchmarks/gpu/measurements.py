@@ -1,4 +1,4 @@
-"""How fast the GPU path is, beside the original script and eager DDP on the same GPU."""
+"""How fast the GPU path is, compared with the original script and eager DDP on the same GPU."""
 
 import itertools
 import json

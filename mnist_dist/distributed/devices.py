@@ -157,7 +157,7 @@ def set_precision(precision: Precision, device: torch.device) -> None:
 class LaunchQueue:
     """Bounds how far the host runs ahead of its GPU, and how long it waits for it.
 
-    Nothing else ends a wait for a dead peer: NCCL waits for ever, its watchdog (which would abort
+    Nothing else ends a wait for a dead peer: NCCL waits forever, its watchdog (which would abort
     the process without a cause) is off, and does not see what is in a CUDA graph. On a CPU, this
     does nothing.
     """
