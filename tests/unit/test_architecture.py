@@ -9,7 +9,7 @@ from processes import ROOT
 # From the ground up: a room may import from the layers below its own, and inside a layer from the
 # rooms before it.
 LAYERS = [
-    ["errors", "dimensions", "atomic", "flags", "config", "torch_internals"],
+    ["errors", "dimensions", "files", "atomic", "flags", "config", "torch_internals"],
     ["model", "optimizer", "distributed", "data"],
     ["sampling", "evaluation", "cuda_graphs", "fast", "run"],
     ["job", "train_ddp", "commands", "__main__"],
