@@ -72,6 +72,10 @@ def given_flags(kind: type[Any], argv: Sequence[str], program: str) -> dict[str,
     """Read a command line as `parse_flags`, but return only the fields that it sets, by name."""
     parser = _build_parser(kind, program)
     namespace, unknown = parser.parse_known_intermixed_args(list(argv))
+    if any(word.replace("_", "-").startswith("--local-rank") for word in unknown):
+        parser.error(
+            "--local-rank: given by python -m torch.distributed.launch; start with torchrun instead"
+        )
     if unknown:
         suggestion = _closest([_name(field) for field in dataclasses.fields(kind)], unknown)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{suggestion}")

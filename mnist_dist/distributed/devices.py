@@ -251,19 +251,46 @@ def cpus_allowed() -> int:
         allowed = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
         allowed = os.cpu_count() or 1
-    quota = _cgroup_quota()
+    quota = cgroup_quota()
     return max(1, min(allowed, int(quota)) if quota else allowed)
 
 
-def _cgroup_quota() -> float | None:
-    """Return the container's CPU quota in CPUs, None if there is none."""
+def cgroup_quota(
+    groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+) -> float | None:
+    """Return the lowest CPU quota of this process's cgroup and all its parents, in CPUs.
+
+    Args:
+        groups: lists this process's cgroups, of version 1 and 2.
+        mount: where cgroups are mounted.
+
+    Returns:
+        None if none of them has a quota.
+    """
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        lines = ["0::/"]
+    quotas = []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # In version 1, or with both at once, each hierarchy has a mount of its own.
+        for top in (mount / (controllers or "unified"), mount / "cpu", mount):
+            # In a container, the path may be the host's: what exists of it is read.
+            group = top / path.strip("/")
+            parents = [parent for parent in group.parents if parent.is_relative_to(top)]
+            quotas += [quota for each in (group, *parents) if (quota := _quota_of(each))]
+    return min(quotas, default=None)
+
+
+def _quota_of(group: Path) -> float | None:
+    """Return the quota of one cgroup in CPUs, None without one."""
     with contextlib.suppress(OSError, ValueError):
-        share, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        share, period = (group / "cpu.max").read_text().split()
         return float(share) / float(period)  # "max 100000" where there is none
-    v1 = Path("/sys/fs/cgroup/cpu")
     with contextlib.suppress(OSError, ValueError):
-        share = (v1 / "cpu.cfs_quota_us").read_text()
-        period = (v1 / "cpu.cfs_period_us").read_text()
+        share, period = ((group / f"cpu.cfs_{n}_us").read_text() for n in ("quota", "period"))
         return float(share) / float(period) if float(share) > 0 else None
     return None
 

@@ -7,11 +7,12 @@ takes seconds in which the launcher may already die.
 import contextlib
 import os
 import re
+import signal
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,9 @@ from mnist_dist.errors import UserError
 _PERIOD_S = 0.5
 # Ports below Linux' ephemeral range (32768 and up), so that no outgoing connection holds them.
 _FIRST_PORT, _PORTS = 15_000, 17_000
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+# SLURM_INTERACTIVE_STEP of slurm.h: the step of salloc's shell.
+_INTERACTIVE_STEP = str(0xFFFFFFFA)
 _parent = os.getppid()
 
 
@@ -48,27 +52,35 @@ def exit_with_parent(rank: int) -> None:
         finally:
             os._exit(1)
 
-    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+    if not _is_detached():
+        threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
 def _was_orphaned() -> bool:
-    """Return whether the launcher died before this module was imported.
+    """Return whether torchrun died before this module was imported.
 
-    Process 1 is the parent then. In a container it may be the launcher itself, a Python program.
+    Process 1 is the parent then. In a container it may be torchrun itself; under any other
+    launcher it may be the container's init or entry script, so only torchrun's end is recognised.
     """
-    if _parent != 1:
+    if _parent != 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     try:
-        return b"python" not in Path("/proc/1/cmdline").read_bytes()
+        return not re.search(rb"python|torch", Path("/proc/1/cmdline").read_bytes())
     except OSError:  # not on Linux: unknown
         return False
+
+
+def _is_detached() -> bool:
+    """Return whether this rank was started by hand to outlive its shell, as by `nohup`."""
+    by_launcher = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"))
+    return not by_launcher and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 @dataclass(frozen=True)
 class Launch:
     """This process's place in the job, as set by its launcher."""
 
-    launcher: Literal["torchrun", "srun", "none"]
+    launcher: Literal["torchrun", "srun", "mpirun", "none"]
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
@@ -114,21 +126,80 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """Read the launcher's variables: torchrun's, else an srun step's, else those of one process.
 
     Raises:
-        UserError: the launcher set some of its variables but not all, or not to numbers.
+        UserError: the variables are incomplete or contradict each other.
     """
-    try:
-        if any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")):
-            return _read_torchrun(environment)
+    size = environment.get("OMPI_COMM_WORLD_SIZE")
+    if not any(name in environment for name in _TORCHRUN):
         # SLURM_NTASKS is also set in a batch script, where the other tasks are not started; only
-        # srun sets the step's count.
-        if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
-            return _read_srun(environment)
-    except (KeyError, ValueError) as error:
+        # srun sets the step's count. Below mpirun, srun's variables are those of MPI's daemons.
+        in_step = "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment
+        if in_step and not size:
+            if _is_shell_step(environment):
+                return Launch(launcher="none", job_id=_slurm_job_id(environment))
+            return _checked(_read_srun, environment, ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
+        return _read_mpirun(environment, size or environment.get("PMI_SIZE", ""))
+    return _checked(_read_torchrun, environment, _TORCHRUN)
+
+
+def _checked(
+    read: Callable[[Mapping[str, str]], Launch],
+    environment: Mapping[str, str],
+    marks: Sequence[str],
+) -> Launch:
+    """Read a launch; `marks` are the variables to unset where that launcher is not in use."""
+    given = [f"{name}={environment[name]}" for name in marks if name in environment]
+    try:
+        launch = read(environment)
+        fits = 0 <= launch.rank < launch.world_size and launch.local_world_size <= launch.world_size
+        if fits and 0 <= launch.local_rank < launch.local_world_size:
+            return launch
+        problem = "contradict each other"
+    except KeyError as error:
+        problem = f"are set, but {error.args[0]} is not"
+    except (ValueError, IndexError) as error:
+        problem = f"cannot be used ({error})"
+    raise UserError(
+        f"in the environment, {' and '.join(given)} {problem}; if they are left over from another "
+        f"program, unset {' '.join(name for name in marks if name in environment)}; else start "
+        "with torchrun, srun or plain python"
+    )
+
+
+def _is_shell_step(environment: Mapping[str, str]) -> bool:
+    """Return whether this process was typed into the shell of a step (salloc, srun --pty bash).
+
+    That shell is task 0 with the variables of the whole step, whose other tasks have ended.
+    """
+    if environment.get("SLURM_STEP_ID") == _INTERACTIVE_STEP:
+        return True
+    task = environment.get("SLURM_TASK_PID", "")
+    try:  # a login shell's name starts with a dash
+        words = Path(f"/proc/{int(task)}/cmdline").read_text().rstrip("\0").lstrip("-").split("\0")
+    except (OSError, ValueError):  # of a task in another container
+        return False
+    # A shell with other arguments runs a script, which may start a rank in each task.
+    is_bare = all(word in ("-i", "-l", "--login") for word in words[1:])
+    return is_bare and bool(re.fullmatch(r"(ba|z|fi|k|tc|c|da)?sh", Path(words[0]).name))
+
+
+def _read_mpirun(environment: Mapping[str, str], size: str) -> Launch:
+    """Return the launch of one process; that of mpirun, which is not supported, where it is used.
+
+    Each of its processes would train alone. `refuse_mpirun` has the line.
+    """
+    if not size.isdecimal() or int(size) < 2:
+        return Launch(launcher="none", job_id=_slurm_job_id(environment))
+    rank = environment.get("OMPI_COMM_WORLD_RANK") or environment.get("PMI_RANK") or "0"
+    return Launch(launcher="mpirun", rank=int(rank), world_size=int(size))
+
+
+def refuse_mpirun(launch: Launch) -> None:
+    """Raise UserError if mpirun started this process."""
+    if launch.launcher == "mpirun":
         raise UserError(
-            f"the launcher's environment is incomplete ({error}); start with torchrun, srun or "
-            "plain python"
-        ) from error
-    return Launch(launcher="none", job_id=_slurm_job_id(environment))
+            f"mpirun started {launch.world_size} processes, which would each train alone; start "
+            "with torchrun or srun (README.md), or one process with plain python"
+        )
 
 
 def _read_torchrun(environment: Mapping[str, str]) -> Launch:
@@ -143,7 +214,7 @@ def _read_torchrun(environment: Mapping[str, str]) -> Launch:
         world_size=int(environment["WORLD_SIZE"]),
         local_world_size=local_world_size,
         node_rank=int(environment.get("GROUP_RANK", "0")),
-        master_addr=environment["MASTER_ADDR"],
+        master_addr=_without_brackets(environment["MASTER_ADDR"]),
         master_port=int(environment["MASTER_PORT"]),
         is_store_host=environment["RANK"] == "0"
         and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
@@ -155,6 +226,7 @@ def _read_torchrun(environment: Mapping[str, str]) -> Launch:
 def _read_srun(environment: Mapping[str, str]) -> Launch:
     world_size = int(environment["SLURM_STEP_NUM_TASKS"])
     node_rank = int(environment["SLURM_NODEID"])
+    local_world_size = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[node_rank]
     hosts = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
     # The numbers of job and step keep two jobs on one node from using the same port.
     unique = int(environment["SLURM_JOB_ID"]) * 7 + int(environment.get("SLURM_STEP_ID", "0"))
@@ -163,9 +235,11 @@ def _read_srun(environment: Mapping[str, str]) -> Launch:
         rank=int(environment["SLURM_PROCID"]),
         local_rank=int(environment["SLURM_LOCALID"]),
         world_size=world_size,
-        local_world_size=tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[node_rank],
+        local_world_size=local_world_size,
         node_rank=node_rank,
-        master_addr=environment.get("MASTER_ADDR") or first_host(hosts),
+        # The name of a single node need not resolve.
+        master_addr=_without_brackets(environment.get("MASTER_ADDR"))
+        or ("127.0.0.1" if local_world_size == world_size else first_host(hosts)),
         master_port=int(environment.get("MASTER_PORT") or _FIRST_PORT + unique % _PORTS),
         is_store_host=environment["SLURM_PROCID"] == "0",
         cpus_per_task=int(environment.get("SLURM_CPUS_PER_TASK", "0")) or None,
@@ -173,9 +247,14 @@ def _read_srun(environment: Mapping[str, str]) -> Launch:
     )
 
 
+def _without_brackets(address: str | None) -> str:
+    """Return an address without the brackets of IPv6 addresses, which resolvers refuse."""
+    return re.sub(r"^\[(.*)\]$", r"\1", address or "")
+
+
 def _slurm_job_id(environment: Mapping[str, str]) -> str | None:
-    if "SLURM_ARRAY_JOB_ID" in environment:
-        array, task = environment["SLURM_ARRAY_JOB_ID"], environment["SLURM_ARRAY_TASK_ID"]
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    if array and task:
         return f"slurm-{array}-{task}"
     return f"slurm-{environment['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in environment else None
 

@@ -14,6 +14,7 @@ from mnist_dist.distributed.launcher import (  # isort: skip
     Launch,
     exit_with_parent,
     read_launch,
+    refuse_mpirun,
 )
 
 import torch.distributed as dist
@@ -41,6 +42,7 @@ def _run_rank(work: Callable[[Launch], None]) -> int:
     launch = Launch("none")
     try:
         launch = read_launch()
+        refuse_mpirun(launch)
         if launch.launcher != "none":
             exit_with_parent(launch.rank)
         work(launch)

@@ -1,9 +1,19 @@
 """A process's place in the job under torchrun, srun and plain python."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 from processes import torchrun_environment
 
-from mnist_dist.distributed.launcher import Launch, first_host, read_launch, tasks_per_node
+from mnist_dist.distributed.launcher import (
+    Launch,
+    first_host,
+    read_launch,
+    refuse_mpirun,
+    tasks_per_node,
+)
 from mnist_dist.errors import UserError
 
 # What a real `srun` (22.05) sets for task 3 of 4 on two nodes, as far as it is read.
@@ -50,6 +60,8 @@ def test_an_srun_task_knows_its_place_and_the_first_host() -> None:
     assert (launch.launcher, launch.rank, launch.world_size) == ("srun", 3, 4)
     assert (launch.local_rank, launch.local_world_size, launch.node_rank) == (1, 2, 1)
     assert (launch.master_addr, launch.job_id) == ("n1", "slurm-17")
+    one_node = {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "0", "SLURM_LOCALID": "3"}
+    assert read_launch({**SRUN, **one_node}).master_addr == "127.0.0.1", "its name may be unknown"
     assert launch.master_port is not None
     assert 1024 < launch.master_port < 32768
 
@@ -96,6 +108,94 @@ def test_half_an_environment_is_refused_and_names_what_is_missing() -> None:
         read_launch(broken)
     with pytest.raises(UserError, match="many"):
         read_launch({**torchrun_environment(0, 2, 29500, "x"), "WORLD_SIZE": "many"})
+
+
+@pytest.mark.parametrize(
+    ("changed", "names"),
+    [
+        ({"RANK": "0"}, ["RANK=0", "LOCAL_WORLD_SIZE is not", "unset RANK;"]),
+        ({"WORLD_SIZE": "1"}, ["WORLD_SIZE=1", "unset WORLD_SIZE;"]),
+        ({"RANK": "3", "WORLD_SIZE": ""}, ["unset RANK WORLD_SIZE;"]),
+        ({**torchrun_environment(5, 2, 1, "x"), "LOCAL_RANK": "0"}, ["RANK=5 and WORLD_SIZE=2"]),
+        (
+            {**torchrun_environment(0, 2, 1, "x"), "LOCAL_WORLD_SIZE": "4"},
+            ["contradict each other"],
+        ),
+        ({**torchrun_environment(0, 2, 1, "x"), "LOCAL_RANK": "-1"}, ["contradict each other"]),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}, ["unset SLURM_STEP_NUM_TASKS"]),
+        ({**SRUN, "SLURM_NODEID": "7"}, ["SLURM_STEP_NUM_TASKS=4"]),
+        ({**SRUN, "SLURM_PROCID": "9"}, ["SLURM_PROCID=9", "contradict each other"]),
+    ],
+)
+def test_variables_that_are_left_over_are_refused_and_named(
+    changed: dict[str, str], names: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        read_launch(changed)
+    for name in [*names, "start with torchrun, srun or plain python"]:
+        assert name in str(caught.value)
+
+
+def test_a_process_typed_into_a_shell_of_a_step_is_alone() -> None:
+    """That shell has the variables of all four tasks, as task 0 of `srun --ntasks=4 --pty bash`."""
+    salloc = {**SRUN, "SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0"}
+    assert read_launch(salloc) == Launch("none", job_id="slurm-17")
+
+
+@pytest.mark.parametrize(
+    ("words", "alone"),
+    [
+        (["bash"], True),
+        (["-bash"], True),
+        (["sh", "-i"], True),
+        (["bash", "-c", "read; true"], False),
+        (["cat"], False),
+    ],
+)
+def test_a_shell_is_told_from_a_script_by_the_task_that_slurm_started(
+    words: list[str], alone: bool
+) -> None:
+    program = words[0].lstrip("-")
+    with subprocess.Popen(
+        words, executable=shutil.which(program), stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as task:
+        assert task.stdin is not None
+        while not Path(f"/proc/{task.pid}/cmdline").read_text():
+            pass  # for a moment after it was started
+        found = read_launch({**SRUN, "SLURM_TASK_PID": str(task.pid)})
+        task.stdin.close()
+    assert (found.launcher, found.world_size) == (("none", 1) if alone else ("srun", 4))
+    assert read_launch({**SRUN, "SLURM_TASK_PID": str(task.pid)}).launcher == "srun", "it has ended"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"},
+        {"PMI_SIZE": "4", "PMI_RANK": "2"},
+        {**SRUN, "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"},
+    ],
+    ids=["open-mpi", "mpich", "open-mpi-in-slurm"],
+)
+def test_mpirun_is_refused_instead_of_training_alone_in_each_process(
+    variables: dict[str, str],
+) -> None:
+    launch = read_launch(variables)
+    assert (launch.rank, launch.world_size) == (2, 4)
+    with pytest.raises(UserError, match=r"mpirun started 4 processes.* torchrun or srun"):
+        refuse_mpirun(launch)
+
+
+def test_one_process_under_mpirun_and_srun_with_pmi_are_no_mpirun() -> None:
+    assert read_launch({"OMPI_COMM_WORLD_SIZE": "1"}) == Launch("none")
+    assert read_launch({**SRUN, "PMI_SIZE": "4", "PMI_RANK": "3"}).launcher == "srun"
+    assert read_launch({"PMI_SIZE": "4", **torchrun_environment(1, 2, 29500, "x")}).rank == 1
+
+
+def test_an_ipv6_address_may_be_in_brackets() -> None:
+    torchrun = torchrun_environment(1, 2, 29500, "x") | {"MASTER_ADDR": "[::1]"}
+    assert read_launch(torchrun).master_addr == "::1"
+    assert read_launch({**SRUN, "MASTER_ADDR": "[fd00::1]"}).master_addr == "fd00::1"
 
 
 @pytest.mark.parametrize(

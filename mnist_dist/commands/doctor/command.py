@@ -12,7 +12,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 # Before torch, whose import takes seconds: this records the parent process to exit with.
-from mnist_dist.distributed.launcher import Launch, exit_with_parent, read_launch  # isort: skip
+from mnist_dist.distributed.launcher import (  # isort: skip
+    Launch,
+    exit_with_parent,
+    read_launch,
+    refuse_mpirun,
+)
 
 # The doctor prints each error in one line; torch's libraries would add forty.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -28,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
     launch = Launch("none")
     try:
         launch = read_launch()
+        refuse_mpirun(launch)
         config = parse(argv)
     except ReportedError as error:
         return exit_with_error(launch, error)
