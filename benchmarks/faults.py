@@ -87,9 +87,11 @@ def _ours_is_sound(directory: Path) -> bool:
     store.open()
     try:
         _, damaged = store.load_latest()
+        if (directory / "best.pt").exists():
+            store.load_best()
     except UserError:
         return False
-    return not damaged and (store.has_best() or not (directory / "best.pt").exists())
+    return not damaged
 
 
 def final_loss(run: Path) -> float:

@@ -49,7 +49,7 @@ class Training:
         self.length = RunLength(self.epochs, steps, samples, 1, done=0)
         self.metrics = MetricsWriter(self.directory, warn=print)
         if self.level != "nothing":
-            self.metrics.open(0, {}, {})
+            self.metrics.open(0, 0, {}, {})
 
     def epoch(self) -> float:
         """Train, validate and record an epoch; return the seconds it took."""

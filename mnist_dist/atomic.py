@@ -1,4 +1,4 @@
-"""A file that is replaced whole or not at all."""
+"""Files that are replaced whole or not at all, and directories that survive power loss."""
 
 import os
 from collections.abc import Callable
@@ -35,8 +35,22 @@ def write_atomically(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in the directory `path` survive power loss: created, renamed or deleted."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Create the directory `path`, and parents as needed, so that they survive power loss."""
+    missing = [path, *(parent for parent in path.parents if not parent.exists())]
+    path.mkdir(parents=True, exist_ok=True)
+    # Those of `path` even if it existed: a killed process may have created it just before.
+    for directory in missing:
+        sync_directory(directory.parent)

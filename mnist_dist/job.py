@@ -114,9 +114,11 @@ class Job:
                 f"--epochs {config.epochs}: the run in {run} has completed {state.epoch} already; "
                 "give that many or more, or another --run-dir"
             )
-        if state.best_epoch and not world.on_main(run.checkpoints.has_best):
+        best_epoch = state.best_epoch
+        if best_epoch and not world.on_main(lambda: run.checkpoints.has_best(best_epoch)):
             self.console.warn(
-                f"best.pt in {run} is missing or damaged: the best epoch from here counts"
+                f"best.pt in {run} is missing, damaged or not of epoch {best_epoch}, the best: "
+                "the best epoch from here counts"
             )
             state.best_loss = float("inf")
 
@@ -326,6 +328,7 @@ class Job:
     ) -> None:
         if result.save or save_now or result.stop:
             sync.mark_saved()
+            self.world.on_main(state.check_weights)
             self.save_checkpoint(state, {}, best=False, newest=True)
         if result.stop:
             self.world.on_main(self.run.flush)

@@ -15,13 +15,12 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mnist_dist.atomic import TEMPORARY_SUFFIX, write_atomically
+from mnist_dist.atomic import TEMPORARY_SUFFIX, make_directory, write_atomically
 from mnist_dist.errors import UserError
 
 _STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
@@ -30,16 +29,29 @@ _STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
 class CheckpointStore:
     """The checkpoints of one run. Every rank may name it; only rank 0 opens, reads and writes."""
 
-    def __init__(self, directory: Path, keep: int) -> None:
-        """Name the directory, and how many of the newest checkpoints to keep with the best."""
+    def __init__(
+        self, directory: Path, keep: int, sync_metrics: Callable[[], None] = lambda: None
+    ) -> None:
+        """Name the directory, and how many of the newest checkpoints to keep with the best.
+
+        Args:
+            directory: created by `open`.
+            keep: number of the newest checkpoints to keep.
+            sync_metrics: called before each write, from the writing thread: whatever a checkpoint
+                makes a resume skip must be on disk before it. May raise OSError.
+        """
         self.directory = directory
         self.keep = keep
+        self._sync_metrics = sync_metrics
         self._writer = ThreadPoolExecutor(1, "checkpoint-writer")
         self._pending: list[Future[None]] = []
+        # Content and sidecar of the files that the disk did not take yet, "best" before "step_N".
+        # Only the thread uses it.
+        self._unwritten: dict[str, tuple[bytes, dict[str, Any]]] = {}
 
     def open(self) -> None:
         """Make the directory; sweep temporary files and sidecars that a killed writer left."""
-        self.directory.mkdir(exist_ok=True)
+        make_directory(self.directory)
         for stray in self.directory.glob(f".*{TEMPORARY_SUFFIX}"):
             stray.unlink(missing_ok=True)
         for sidecar in self.directory.glob("*.json"):
@@ -53,48 +65,64 @@ class CheckpointStore:
         facts: Mapping[str, Any],
         best: bool = False,
         newest: bool = True,
-    ) -> None:
-        """Begin to write a state: as `best.pt` in place of the one before, as `step_<step>.pt`.
+        afterwards: Callable[[], None] | None = None,
+    ) -> list[OSError]:
+        """Start to write a state: as `best.pt` in place of the one before, as `step_<step>.pt`.
 
-        Each gets its sidecar, with the `facts`; then what is too old is deleted.
+        Each gets its sidecar, with the `facts`; then what is too old is deleted. What cannot be
+        written is tried again, with the next save and by `flush`, unless the next one replaces it.
 
-        Raises:
-            OSError: an earlier write failed, or the disk cannot take this one; older files are
-                intact.
+        Args:
+            state: to be serialized before this returns.
+            step: optimizer steps since the start of the run.
+            facts: for the sidecar.
+            best: whether to write `best.pt`.
+            newest: whether to write `step_<step>.pt`.
+            afterwards: called from the writing thread once both are on disk; may raise OSError.
+
+        Returns:
+            Why earlier writes failed, since the last call.
         """
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        content = buffer.getvalue()
-        if best:
-            self.afterwards(partial(self._write, "best", content, {"step": step, **facts}))
-        if newest:
-            name = f"step_{step:08d}"
-            self.afterwards(partial(self._write, name, content, {"step": step, **facts}))
-
-    def afterwards(self, action: Callable[[], None]) -> None:
-        """Let the writer call `action`, which may raise OSError, after what it has to write now.
-
-        Raises:
-            OSError: an earlier action or write failed.
-        """
-        self._pending.append(self._writer.submit(action))
+        content = (buffer.getvalue(), {"step": step, **facts})
+        names = ["best"] * best + [f"step_{step:08d}"] * newest
+        files = dict.fromkeys(names, content)
+        self._pending.append(self._writer.submit(self._write_files, files, afterwards))
         if len(self._pending) > 6:  # a disk slower than training must not pile up states
             wait(self._pending[:1])
         ended = [written for written in self._pending if written.done()]
         self._pending = [written for written in self._pending if written not in ended]
-        for written in ended:
-            written.result()
+        return [error for written in ended if (error := _os_error(written)) is not None]
 
     def flush(self) -> None:
-        """Return when everything that was saved is on disk, or could not be.
+        """Return when everything that was saved is on disk; what failed before is tried again.
 
         Raises:
             OSError: something could not be written.
         """
+        last_try = self._writer.submit(self._write_files, {}, None)
         pending, self._pending = self._pending, []
-        wait(pending)
         for written in pending:
-            written.result()
+            _os_error(written)
+        last_try.result()
+
+    def _write_files(
+        self, files: dict[str, tuple[bytes, dict[str, Any]]], afterwards: Callable[[], None] | None
+    ) -> None:
+        """Write these files, after those that could not be written before."""
+        waiting = self._unwritten
+        if any(name != "best" for name in files):
+            waiting = {name: waiting[name] for name in waiting if name == "best"}
+        waiting = waiting | files
+        self._unwritten = {name: waiting[name] for name in sorted(waiting)}
+        self._sync_metrics()
+        # The best first: no checkpoint may know of a best epoch that is not in best.pt.
+        for name, (content, sidecar) in list(self._unwritten.items()):
+            self._write(name, content, sidecar)
+            del self._unwritten[name]
+        if afterwards is not None:
+            afterwards()
 
     def load_latest(self, set_aside: bool = True) -> tuple[dict[str, Any] | None, list[str]]:
         """The newest sound checkpoint (None in a new run) and what was found damaged on the way.
@@ -134,13 +162,12 @@ class CheckpointStore:
         best: dict[str, Any] = load_checkpoint(self.directory / "best.pt")
         return best
 
-    def has_best(self) -> bool:
-        """Whether `best.pt` is there and sound."""
+    def has_best(self, epoch: int) -> bool:
+        """Whether `best.pt` is there, sound, and of that epoch or, after a kill, a later one."""
         try:
-            self.load_best()
+            return bool(self.load_best()["epoch"] >= epoch)
         except UserError:
             return False
-        return True
 
     @property
     def newest_step(self) -> int | None:
@@ -169,6 +196,15 @@ class CheckpointStore:
         for old in self._steps()[self.keep :]:
             old.unlink(missing_ok=True)
             old.with_suffix(".json").unlink(missing_ok=True)
+
+
+def _os_error(ended: Future[None]) -> OSError | None:
+    """Wait for the end of a write; return the OSError it ended with, if any."""
+    try:
+        ended.result()
+    except OSError as error:
+        return error
+    return None
 
 
 def _digest_of(path: Path) -> str | None:

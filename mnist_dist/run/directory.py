@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from mnist_dist.atomic import write_atomically
+from mnist_dist.atomic import make_directory, write_atomically
 from mnist_dist.distributed.failures import PeerLostError
 from mnist_dist.errors import JobError, ReportedError, UserError
 from mnist_dist.run.checkpoint import CheckpointStore
@@ -36,8 +36,8 @@ class RunDirectory:
             warn: prints a warning.
         """
         self.path = path
-        self.checkpoints = CheckpointStore(path / "checkpoints", keep_checkpoints)
         self.writer = MetricsWriter(path, warn)
+        self.checkpoints = CheckpointStore(path / "checkpoints", keep_checkpoints, self.writer.sync)
         self.state: TrainState | None = None
         """The state of the run, once it has started here."""
         self._warn = warn
@@ -57,7 +57,7 @@ class RunDirectory:
             UserError: it cannot be written, is not a run's, or another job has it open.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
             is_run = self.status is not None or (self.path / "checkpoints").exists()
             if (self.path / "config.json").exists() and not is_run:
                 raise UserError(
@@ -108,12 +108,13 @@ class RunDirectory:
         """
         environment = environment_facts() | dict(world)
         with self._failing():
+            self.state = state  # from here on, `end` records a failure
             # Status first: it marks the directory as a run's, whenever this process dies.
             self._write_status("running", state.epoch, state.step, "training")
             self._write_json("config.json", config)
             self._write_json("environment.json", environment)
-            self.state = state
-            self.writer.open(state.step, {"config": config, "environment": environment}, hparams)
+            texts = {"config": config, "environment": environment}
+            self.writer.open(state.epoch, state.step, texts, hparams)
 
     def save_checkpoint(
         self, saved: dict[str, Any], metrics: Mapping[str, float], best: bool, newest: bool
@@ -121,20 +122,18 @@ class RunDirectory:
         """Start to write the checkpoints asked for. A failure is a warning; `flush` raises it."""
         assert self.state is not None
         epoch, step = self.state.epoch, self.state.step
-        try:
-            self.checkpoints.save(saved, step, metrics, best, newest)
-            if newest:
-                self.checkpoints.afterwards(
-                    partial(self._write_status, "running", epoch, step, "training")
-                )
-        except OSError as error:
+        write_status = partial(self._write_status, "running", epoch, step, "training")
+        failures = self.checkpoints.save(
+            saved, step, metrics, best, newest, write_status if newest else None
+        )
+        for error in failures:
             self._warn(f"a checkpoint could not be written ({_reason(error)}); training goes on")
 
     def flush(self) -> None:
         """Wait until every checkpoint is on disk.
 
         Raises:
-            JobError: one could not be written.
+            JobError: one, or the metrics of its epochs, could not be written.
         """
         with self._failing():
             self.checkpoints.flush()
@@ -143,14 +142,30 @@ class RunDirectory:
         """Return the state in best.pt, once everything saved is on disk.
 
         Raises:
-            JobError: a checkpoint could not be written.
+            JobError: a checkpoint could not be written, or best.pt is of another epoch than the
+                best one.
             UserError: best.pt is missing or damaged.
         """
+        assert self.state is not None
         self.flush()
-        return self.checkpoints.load_best()
+        best = self.checkpoints.load_best()
+        if best["epoch"] != self.state.best_epoch:
+            raise JobError(
+                f"{self}: best.pt has the weights of epoch {best['epoch']}, but the best of "
+                f"{self.state.epoch} is epoch {self.state.best_epoch}; train more epochs, or "
+                "evaluate that file for what it is"
+            )
+        return best
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Mark the run as completed; `results` are for TensorBoard's texts."""
+        """Mark the run as completed, once all of it is on disk.
+
+        Args:
+            results: for TensorBoard's texts.
+
+        Raises:
+            JobError: something could not be written.
+        """
         assert self.state is not None
         with self._failing():
             self.writer.close(self.state.step, {"results": results})

@@ -1,19 +1,20 @@
 """A run's metrics: metrics.jsonl and TensorBoard, under the same tags."""
 
-import contextlib
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mnist_dist.atomic import write_atomically
+from mnist_dist.atomic import sync_directory, write_atomically
 from mnist_dist.dimensions import IMAGE_PIXELS, IMAGE_SIDE
+from mnist_dist.run.logfile import LogFile
 
 if TYPE_CHECKING:
     from mnist_dist.run.tensorboard import RunSummaryWriter
@@ -56,27 +57,36 @@ class MetricsWriter:
     """Write metrics to metrics.jsonl and TensorBoard.
 
     All ranks may have one. It does nothing before `open`, which only rank 0 calls. A disk that
-    fails later is a warning, and training goes on.
+    fails later is a warning: what it did not take is written as soon as it does.
     """
 
     def __init__(self, directory: Path, warn: Callable[[str], None]) -> None:
         """Name the run's directory and what prints a warning; touch nothing."""
         self._path = directory / "metrics.jsonl"
         self._warn = warn
-        self._is_open = False
-        self._needs_rewrite = False
+        self._lines: LogFile | None = None
         self._writer: RunSummaryWriter | None = None
-        self._earlier: set[tuple[str, int]] = set()
+        self._failing: set[str] = set()
+        self._step = 0
+        self._shown: set[str] = set()
+        """Tags that TensorBoard has at `_step`, the step that this start continues from."""
+        self._recorded: set[str] = set()
+        """The same of metrics.jsonl."""
         self._pending: dict[str, float] = {}
         self.records: list[dict[str, Any]] = []
         """The objects of metrics.jsonl, in order."""
 
     def open(
-        self, step: int, texts: Mapping[str, Mapping[str, Any]], hparams: Mapping[str, Any]
+        self,
+        epoch: int,
+        step: int,
+        texts: Mapping[str, Mapping[str, Any]],
+        hparams: Mapping[str, Any],
     ) -> None:
-        """Open both files after optimizer step `step`, dropping what they hold of later steps.
+        """Open both files after optimizer step `step`, dropping what they hold of later epochs.
 
         Args:
+            epoch: epochs finished.
             step: optimizer steps since the start of the run.
             texts: tables of names and values by title, for TensorBoard's Text page.
             hparams: values by which TensorBoard's HParams page compares runs.
@@ -85,19 +95,30 @@ class MetricsWriter:
             OSError: the directory cannot be written.
         """
         # Takes 0.2 s, which only rank 0 has to spend.
-        from mnist_dist.run.tensorboard import RunSummaryWriter
+        from mnist_dist.run.tensorboard import RunSummaryWriter, tags_at
 
-        self.records = _read_until(self._path, step)
-        if self._path.exists():
-            _rewrite(self._path, self.records)
-        self._earlier = {(_group(tag), r["step"]) for r in self.records for tag in r}
-        self._writer = RunSummaryWriter(str(self._path.parent), purge_step=step + 1)
+        content = self._path.read_bytes() if self._path.exists() else b""
+        self.records, unsound = _read_until(content, epoch, step)
+        if unsound:
+            self._warn(
+                f"{self._path} was damaged or edited: {unsound} of its lines hold no record and "
+                "were dropped"
+            )
+        # Also an empty one: replacing it makes its name survive power loss.
+        write_atomically(self._path, "".join(map(_json_line, self.records)).encode())
+        self._lines = LogFile(self._path)
+        last = max((record["step"] for record in self.records), default=0)
+        self._step = step
+        # A kill may have come between a record of TensorBoard and that of metrics.jsonl.
+        self._recorded = {tag for r in self.records if r["step"] == step for tag in r}
+        self._shown = tags_at(self._path.parent, step) if last == step else set()
+        self._writer = RunSummaryWriter(str(self._path.parent), purge_step=last + 1)
         for title, cells in texts.items():
             self._writer.add_table(title, cells, step)
         self._writer.start_session(hparams, _HPARAMS_METRICS, step)
         self._writer.add_custom_scalars({"train and validation": _CHARTS})
         self._writer.flush()
-        self._is_open = True
+        sync_directory(self._path.parent)
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """Add a point to TensorBoard, and to the line that the next `commit` writes.
@@ -105,15 +126,18 @@ class MetricsWriter:
         What an earlier start of the run wrote is skipped: after a kill between the last checkpoint
         and the end of the run, the test's metrics come again.
         """
-        if not self._is_open or (_group(tag), step) in self._earlier:
+        if self._writer is None:
             return
-        self._pending[tag] = value
-        self._to_tensorboard(lambda writer: writer.add_scalar(tag, value, step))
+        if step != self._step or tag not in self._shown:
+            self._writer.add_scalar(tag, value, step)
+        if step != self._step or tag not in self._recorded:
+            self._pending[tag] = value
 
     def add_plots(self, plots: EpochPlots, step: int) -> None:
         """Draw `plots` for TensorBoard, with histograms of the weights of their model."""
-        if self._is_open and (plots.split, step) not in self._earlier:
-            self._to_tensorboard(lambda writer: _add_plots(writer, plots, step))
+        is_shown = step == self._step and f"{plots.split}/confusion" in self._shown
+        if self._writer is not None and not is_shown:
+            _add_plots(self._writer, plots, step)
 
     def commit(
         self, epoch: int, step: int, details: Mapping[str, Sequence[float]] | None = None
@@ -127,53 +151,52 @@ class MetricsWriter:
             step: optimizer steps since the start of the run.
             details: lists by tag, for metrics.jsonl only.
         """
-        if not self._pending:
+        if self._writer is None or self._lines is None:
             return
-        # TensorBoard first: an epoch of metrics.jsonl must not be missing there after a kill.
-        self._to_tensorboard(lambda writer: writer.flush())
-        line = {"epoch": epoch, "step": step, "time": time.time()}
-        self.records.append({**line, **self._pending, **(details or {})})
+        line = b""
+        if self._pending:
+            facts = {"epoch": epoch, "step": step, "time": time.time()}
+            self.records.append({**facts, **self._pending, **(details or {})})
+            line = _json_line(self.records[-1]).encode()
         self._pending = {}
-        try:
-            if self._needs_rewrite:
-                _rewrite(self._path, self.records)
-            else:
-                with self._path.open("a") as file:
-                    file.write(_json_line(self.records[-1]))
-            self._needs_rewrite = False
-        except OSError as error:
-            if not self._needs_rewrite:
-                self._warn(
-                    f"{self._path} cannot be written ({error.strerror or error}); training goes on"
-                )
-            self._needs_rewrite = True
+        failing_before, self._failing = self._failing, set()
+        for write in (self._writer.flush, partial(self._lines.write, line)):
+            try:
+                write()
+            except OSError as error:
+                self._failing.add(error.filename)
+                if error.filename not in failing_before:
+                    self._warn(
+                        f"{error.filename} cannot be written yet ({error.strerror}); training "
+                        "goes on"
+                    )
+
+    def sync(self) -> None:
+        """Return once what was committed survives power loss.
+
+        Raises:
+            OSError: the disk is full or failed; nothing is lost while this process lives.
+        """
+        if self._writer is not None and self._lines is not None:
+            self._writer.file_writer.file.sync()
+            self._lines.sync()
 
     def close(self, step: int, texts: Mapping[str, Mapping[str, Any]]) -> None:
-        """Mark the run as complete in TensorBoard, add tables to its texts, and close its file."""
+        """Mark the run as complete in TensorBoard, add tables to its texts, and close its file.
 
-        def finish(writer: "RunSummaryWriter") -> None:
-            for title, cells in texts.items():
-                writer.add_table(title, cells, step)
-            writer.end_session(step)
-            writer.close()
-
-        self._to_tensorboard(finish)
-        self._writer, self._is_open = None, False
-
-    def _to_tensorboard(self, write: Callable[["RunSummaryWriter"], None]) -> None:
-        """Call `write`, and never again after a failure: readers stop at a half-written record."""
-        if self._writer is None:
+        Raises:
+            OSError: something that was committed could not be written.
+        """
+        if self._writer is None or self._lines is None:
             return
-        try:
-            write(self._writer)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._writer.file_writer.close()
-            self._writer = None
-            self._warn(
-                f"TensorBoard's events in {self._path.parent} cannot be written "
-                f"({error.strerror or error}); training goes on without them"
-            )
+        for title, cells in texts.items():
+            self._writer.add_table(title, cells, step)
+        self._writer.end_session(step)
+        self._writer.flush()
+        self.sync()
+        self._writer.close()
+        self._lines.close()
+        self._writer = self._lines = None
 
 
 def _add_plots(writer: "RunSummaryWriter", plots: EpochPlots, step: int) -> None:
@@ -217,25 +240,41 @@ def _add_histogram(writer: "RunSummaryWriter", tag: str, values: Tensor, step: i
     )
 
 
-def _group(tag: str) -> str:
-    return tag.partition("/")[0]
+def _read_until(content: bytes, epoch: int, step: int) -> tuple[list[dict[str, Any]], int]:
+    """Return the sound records up to an epoch and step, and the number of lines that hold none.
+
+    A last line that a kill left unfinished does not count, nor does a copy of an earlier record.
+    """
+    *lines, _ = content.split(b"\n")
+    found = [_parse(line) for line in lines if line.strip()]
+    kept: dict[tuple[int, int, bool], dict[str, Any]] = {}
+    for record in filter(None, found):
+        if record["epoch"] <= epoch and record["step"] <= step:
+            kept.setdefault((record["epoch"], record["step"], "val/loss" in record), record)
+    return list(kept.values()), found.count(None)
 
 
-def _read_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Return the records up to `step`, without a last line that a kill left unfinished."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        try:
-            record = json.loads(line)
-            if line.endswith("\n") and record["step"] <= step:
-                kept.append(record)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return kept
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the record in a line of metrics.jsonl; None if it is not one."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not all(map(_is_plain, record.values())):
+        return None
+    counts = [record.get("epoch"), record.get("step")]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        return None
+    # None stands for a number that is not finite.
+    metrics = {tag: math.nan if v is None else v for tag, v in record.items() if "/" in tag}
+    used = [metrics.get(tag, 0.0) for tag in ("val/loss", "val/accuracy")]
+    return record | metrics if all(isinstance(value, int | float) for value in used) else None
 
 
-def _rewrite(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    write_atomically(path, "".join(map(_json_line, records)).encode())
+def _is_plain(value: Any) -> bool:
+    """Return whether `value` is no container, or a list of such values."""
+    items = value if isinstance(value, list) else [value]
+    return not any(isinstance(item, list | dict) for item in items)
 
 
 def _json_line(record: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mnist_dist.distributed.world import World, as_bytes, as_numbers
-from mnist_dist.errors import UserError
+from mnist_dist.errors import JobError, UserError
 from mnist_dist.model import state_dict_mismatch
 
 FORMAT = 1
@@ -118,7 +118,14 @@ class TrainState:
         return bad[0] if bad else None
 
     def finish_epoch(self, loss: float) -> bool:
-        """End the epoch with its validation loss; return whether that is the best so far."""
+        """End the epoch with its validation loss; return whether that is the best so far.
+
+        Raises:
+            JobError: the loss or a weight is not finite.
+        """
+        if not math.isfinite(loss):
+            raise self._not_finite("the validation loss")
+        self.check_weights()
         self.epoch += 1
         self.batch = 0
         self.loss_sum = 0.0
@@ -126,6 +133,24 @@ class TrainState:
             return False
         self.best_loss, self.best_epoch = loss, self.epoch
         return True
+
+    def check_weights(self) -> None:
+        """Check the weights before they are saved: the losses so far are those of earlier ones.
+
+        Raises:
+            JobError: a weight is not finite.
+        """
+        tensors = {k: v for k, v in self.model.state_dict().items() if v.is_floating_point()}
+        finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+        for name, is_finite in zip(tensors, finite, strict=True):
+            if not is_finite:
+                raise self._not_finite(f"a weight of {name}")
+
+    def _not_finite(self, what: str) -> JobError:
+        return JobError(
+            f"{what} after step {self.step} (epoch {self.epoch + 1}) is not finite; nothing was "
+            "saved after it: check the data, or lower --lr and start in another --run-dir"
+        )
 
     def weights_digest(self) -> str:
         """Return the SHA-256 (hex) of the model: equal on two ranks only if every bit is."""

@@ -1,6 +1,7 @@
 """TensorBoard's SummaryWriter for a run that may be killed and resumed; imported by rank 0 only."""
 # ruff: noqa: E402
 
+import contextlib
 import io
 import os
 import socket
@@ -19,8 +20,13 @@ sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 from torch.utils.tensorboard import FileWriter, RecordWriter, SummaryWriter
 from torch.utils.tensorboard.summary import hparams, text
+
+from mnist_dist.run.logfile import LogFile
+
+_EVENT_FILES = "events.out.tfevents.*"
 
 
 class RunSummaryWriter(SummaryWriter):
@@ -77,18 +83,21 @@ class RunSummaryWriter(SummaryWriter):
 class _EventFile(FileWriter):
     """An event file written by the caller's thread, whose name sorts after its directory's others.
 
-    tensorboard's own writes from a thread, which dies of a full disk with a traceback. It is named
-    by the clock; but TensorBoard reads files in the order of their names, so that after a clock
-    was set back, the purge of an older run's file would hide the points of a newer one.
+    tensorboard's own writes from a thread, which dies of a full disk with a traceback and what it
+    could not write. It is named by the clock; but TensorBoard reads files in the order of their
+    names, so that after a clock was set back, the purge of an older run's file would hide the
+    points of a newer one.
     """
 
     def __init__(self, directory: Path) -> None:
-        stamps = [path.name.split(".")[3] for path in directory.glob("events.out.tfevents.*")]
+        stamps = [path.name.split(".")[3] for path in directory.glob(_EVENT_FILES)]
         later = [int(stamp) + 1 for stamp in stamps if stamp.isdecimal()]
         stamp = max([int(time.time()), *later])
         name = f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
         self._directory = directory
-        self._records = RecordWriter((directory / name).open("xb"))
+        self.file = LogFile(directory / name, exclusive=True)
+        self._encoded = io.BytesIO()
+        self._records = RecordWriter(self._encoded)
 
     def get_logdir(self) -> str:
         return str(self._directory)
@@ -99,10 +108,32 @@ class _EventFile(FileWriter):
         self._records.write(event.SerializeToString())
 
     def flush(self) -> None:
-        self._records.flush()
+        encoded = self._encoded.getvalue()
+        self._encoded.seek(0)
+        self._encoded.truncate()
+        self.file.write(encoded)
 
     def close(self) -> None:
-        self._records.close()
+        self.file.close()
+
+
+def tags_at(directory: Path, step: int) -> set[str]:
+    """Return the tags that TensorBoard shows at optimizer step `step` of a run.
+
+    Events that a later start of the run purged do not count.
+    """
+    tags: set[str] = set()
+    for path in sorted(file for file in directory.glob(_EVENT_FILES) if file.is_file()):
+        with contextlib.suppress(Exception):  # the end of the file, or of what is sound in it
+            reader = PyRecordReader_New(str(path))
+            while True:
+                reader.GetNext()
+                event = Event.FromString(reader.record())
+                if event.session_log.status == SessionLog.START and event.step <= step:
+                    tags.clear()
+                if event.step == step:
+                    tags |= {value.tag for value in event.summary.value}
+    return tags
 
 
 def _cell(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Contract C4: a checkpoint is there whole or not at all, and a damaged one is never used."""
 
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from mnist_dist.atomic import write_atomically
 from mnist_dist.errors import UserError
+from mnist_dist.run import checkpoint
 from mnist_dist.run.checkpoint import CheckpointStore, load_checkpoint
 
 
@@ -141,6 +144,69 @@ def test_saving_again_replaces_the_file_whole(tmp_path: Path) -> None:
     store.save(state(1), 1, {})
     store.save({**state(1), "more": 1}, 1, {})
     assert newest(store)["more"] == 1
+
+
+class FullDisk:
+    """Files that may not be created while `full`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.full: set[str] = set()
+        monkeypatch.setattr(checkpoint, "write_atomically", self.write)
+
+    def write(self, path: Path, content: bytes) -> None:
+        if path.stem.partition("_")[0] in self.full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_atomically(path, content)
+
+
+def test_a_checkpoint_that_could_not_be_written_keeps_none_from_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, disk = opened(tmp_path), FullDisk(monkeypatch)
+    disk.full = {"step"}
+    assert store.save(state(1), 1, {}) == []
+    with pytest.raises(OSError, match="step_00000001"):
+        store.flush()
+    disk.full = set()
+    assert store.save(state(2), 2, {}) == []
+    store.flush()
+    assert [path.name for path in store.directory.glob("*.pt")] == ["step_00000002.pt"]
+
+
+def test_the_best_is_written_again_before_the_next_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, disk = opened(tmp_path), FullDisk(monkeypatch)
+    store.save(state(1), 1, {}, best=True)
+    store.flush()
+    disk.full = {"best"}
+    store.save(state(2), 2, {"val/loss": 0.5}, best=True)
+    with pytest.raises(OSError, match="best"):
+        store.flush()
+    assert store.newest_step == 1, "it would know of a best epoch that is not in best.pt"
+    disk.full = set()
+    store.save(state(3), 3, {})
+    store.flush()
+    assert (store.load_best()["step"], store.newest_step) == (2, 3)
+    assert json.loads((store.directory / "best.json").read_text())["val/loss"] == 0.5
+
+
+def test_nothing_is_saved_before_the_metrics_of_its_epochs(tmp_path: Path) -> None:
+    seen = []
+
+    def sync_metrics() -> None:
+        seen.append(sorted(path.name for path in store.directory.iterdir()))
+        if len(seen) < 3:
+            raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    store = CheckpointStore(tmp_path / "checkpoints", 3, sync_metrics)
+    store.open()
+    store.save(state(1), 1, {}, best=True)
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        store.flush()
+    store.flush()
+    assert seen == [[], [], []]
+    assert (store.load_best()["step"], store.newest_step) == (1, 1)
 
 
 def test_dying_between_the_two_files_of_a_replacement_leaves_the_old_one_sound(

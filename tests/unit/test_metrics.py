@@ -1,7 +1,6 @@
 """metrics.jsonl and TensorBoard hold the same run, read back by TensorBoard's own reader."""
 
 import io
-import json
 import math
 import resource
 import signal
@@ -24,7 +23,7 @@ from mnist_dist.run.metrics import EpochPlots, MetricsWriter, should_log_plots
 def opened(directory: Path, step: int = 0, **hparams: Any) -> MetricsWriter:
     """An open writer, in whose test no warning is expected."""
     writer = MetricsWriter(directory, warn=pytest.fail)
-    writer.open(step, {"config": {"lr": 0.1, "command": ["a", "b|c"]}}, hparams)
+    writer.open(step // 10, step, {"config": {"lr": 0.1, "command": ["a", "b|c"]}}, hparams)
     return writer
 
 
@@ -96,13 +95,86 @@ def test_what_an_earlier_start_wrote_is_not_written_again(tmp_path: Path) -> Non
     assert len(read(tmp_path).Images("test/confusion")) == 1
 
 
-@pytest.mark.parametrize("torn", ['{"epoch": 2, "st', '{"epoch": 2, "step": 20}', "null\n"])
+@pytest.mark.parametrize("torn", ['{"epoch": 2, "st', '{"epoch": 2, "step": 20}'])
 def test_a_line_that_a_kill_left_unfinished_is_dropped(torn: str, tmp_path: Path) -> None:
     write_epochs(opened(tmp_path), 1)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(torn)
     write_epochs(opened(tmp_path, step=20), 3)
     assert lines(tmp_path) == [(10, 1.0), (30, 3.0)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"null",
+        b"\xff\xfe",
+        b"\x00" * 300,
+        b"[" * 100_000,
+        b'{"epoch": 2, "step": 20, "val/loss": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"step": 20, "val/loss": 1.0}',
+        b'{"epoch": "2", "step": 20, "val/loss": 1.0}',
+        b'{"epoch": 2, "step": -1, "val/loss": 1.0}',
+        b'{"epoch": 2, "step": 20, "val/loss": "low"}',
+        b'{"epoch": 2, "step": ' + b"9" * 5000 + b"}",
+    ],
+    ids=lambda line: line[:12] + line[-12:],
+)
+def test_a_damaged_line_is_dropped_with_one_warning_and_the_others_stay(
+    line: bytes, tmp_path: Path
+) -> None:
+    write_epochs(opened(tmp_path), 1)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line + b"\n" + path.read_bytes() + line + b"\n")
+    warnings: list[str] = []
+    for start in (1, 2):
+        writer = MetricsWriter(tmp_path, warnings.append)
+        writer.open(start, 10 * start, {}, {})
+        write_epochs(writer, start + 1)
+    (warning,) = warnings
+    assert "metrics.jsonl was damaged or edited: 2 of its lines" in warning
+    assert lines(tmp_path) == points(tmp_path) == [(10, 1.0), (20, 2.0), (30, 3.0)]
+
+
+def test_a_loss_that_was_not_a_number_is_still_a_record(tmp_path: Path) -> None:
+    write_epochs(opened(tmp_path), 1, value=math.nan)
+    assert math.isnan(opened(tmp_path, step=10).records[0]["val/loss"])
+    assert metrics(tmp_path)[0]["val/loss"] is None
+
+
+def test_an_epoch_whose_checkpoint_is_of_the_same_step_is_recorded_once(tmp_path: Path) -> None:
+    """As after a kill between the record of epoch 2 and its checkpoint, at a step with another."""
+    write_epochs(opened(tmp_path), 1, 2)
+    writer = MetricsWriter(tmp_path, warn=pytest.fail)
+    writer.open(1, 20, {}, {})
+    write_epochs(writer, 2, 3)
+    assert lines(tmp_path) == points(tmp_path) == [(10, 1.0), (20, 2.0), (30, 3.0)]
+
+
+def test_a_record_that_came_twice_is_kept_once(tmp_path: Path) -> None:
+    write_epochs(opened(tmp_path), 1, 2)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() * 2)
+    opened(tmp_path, step=20)
+    assert lines(tmp_path) == [(10, 1.0), (20, 2.0)]
+
+
+@pytest.mark.parametrize("lost", ["line", "points"])
+def test_what_a_kill_lost_of_the_test_is_written_again_and_the_rest_is_not(
+    lost: str, tmp_path: Path
+) -> None:
+    writer = opened(tmp_path)
+    write_epochs(writer, 1)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    writer.add_scalar("test/loss", 0.5, 10)
+    writer.commit(1, 10)
+    (path,) = (p for p in before if (p.suffix == ".jsonl") == (lost == "line"))
+    path.write_bytes(before[path])
+    writer = opened(tmp_path, step=10)
+    writer.add_scalar("test/loss", 0.5, 10)
+    writer.commit(1, 10)
+    assert lines(tmp_path, "test/loss") == points(tmp_path, "test/loss") == [(10, 0.5)]
+    assert lines(tmp_path) == points(tmp_path) == [(10, 1.0)]
 
 
 def test_a_newer_event_file_sorts_last_whatever_the_clock_says(tmp_path: Path) -> None:
@@ -117,7 +189,7 @@ def test_a_newer_event_file_sorts_last_whatever_the_clock_says(tmp_path: Path) -
 def test_a_run_has_its_texts_charts_and_hparams_in_one_file(tmp_path: Path) -> None:
     writer = opened(tmp_path, lr=0.1, epochs=3, schedule="constant", train_samples=None)
     writer.close(30, {"results": {"test": "good"}})
-    assert len(list(tmp_path.glob("events.*"))) == len(list(tmp_path.iterdir())) == 1
+    (_,) = (path for path in tmp_path.iterdir() if path.name != "metrics.jsonl")
     events = read(tmp_path)
     (config,) = events.Tensors("config")
     (results,) = events.Tensors("results")
@@ -201,7 +273,7 @@ import os, signal, sys
 from pathlib import Path
 from mnist_dist.run.metrics import MetricsWriter
 writer = MetricsWriter(Path(sys.argv[1]), warn=print)
-writer.open(0, {}, {})
+writer.open(0, 0, {}, {})
 for epoch in (1, 2, 3):
     writer.add_scalar("val/loss", epoch, 10 * epoch)
     writer.commit(epoch, 10 * epoch)
@@ -222,7 +294,7 @@ def write_to_a_full_disk(directory: Path) -> list[str]:
     """Let no file grow beyond 3 kB for a while, as a quota would; the warnings."""
     warnings: list[str] = []
     writer = MetricsWriter(directory, warnings.append)
-    writer.open(0, {}, {"lr": 0.1})
+    writer.open(0, 0, {}, {"lr": 0.1})
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, unlimited[1]))
     write_epochs(writer, *range(1, 101))
@@ -233,21 +305,28 @@ def write_to_a_full_disk(directory: Path) -> list[str]:
     return warnings
 
 
-def test_a_full_disk_is_one_warning_for_each_file(tmp_path: Path) -> None:
-    """metrics.jsonl is whole again as soon as there is room."""
+def test_after_a_full_disk_both_files_have_every_epoch(tmp_path: Path) -> None:
+    """What was not written is written as soon as there is room, images included."""
     (warnings,) = run_ranks(write_to_a_full_disk, 1, tmp_path, timeout=60)
-    assert len(warnings) == 2
     assert all("File too large" in line and "training goes on" in line for line in warnings)
-    assert sum("TensorBoard" in line for line in warnings) == 1
-    assert sum("metrics.jsonl" in line for line in warnings) == 1
-    assert lines(tmp_path) == [(10 * epoch, float(epoch)) for epoch in range(1, 102)]
-    shown = points(tmp_path)
-    assert 0 < len(shown) < 100
-    assert shown == lines(tmp_path)[: len(shown)]
+    assert sorted("metrics.jsonl" in line for line in warnings) == [False, True]
+    assert lines(tmp_path) == points(tmp_path) == [(10 * e, float(e)) for e in range(1, 102)]
+    assert len(read(tmp_path).Images("val/confusion")) == 1
 
 
-def test_a_resume_after_a_full_disk_is_recorded_again(tmp_path: Path) -> None:
-    run_ranks(write_to_a_full_disk, 1, tmp_path, timeout=60)
-    write_epochs(opened(tmp_path, step=1010), 102)
-    assert points(tmp_path)[-1] == lines(tmp_path)[-1] == (1020, 102.0)
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["step"] == 10
+def complete_on_a_full_disk(directory: Path) -> str | None:
+    """Close the writer on a disk without room; why that failed."""
+    writer = opened(directory)
+    write_epochs(writer, 1)
+    writer.sync()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    try:
+        writer.close(10, {"results": {"test": "good"}})
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def test_metrics_that_cannot_be_written_at_the_end_are_an_error(tmp_path: Path) -> None:
+    assert run_ranks(complete_on_a_full_disk, 1, tmp_path, timeout=60) == ["File too large"]
+    assert lines(tmp_path) == points(tmp_path) == [(10, 1.0)]
