@@ -45,8 +45,7 @@ class Training:
     def __post_init__(self) -> None:
         self.stepper = Stepper(self.world, self.dataset.train, _BATCH)
         self.state, self.sharding = self.stepper.state, self.stepper.sharding
-        samples, steps = self.sharding.samples, self.sharding.steps_per_epoch
-        self.length = RunLength(self.epochs, steps, samples, 1, done=0)
+        self.length = RunLength(self.epochs, self.sharding, done=0)
         self.metrics = MetricsWriter(self.directory, warn=print)
         if self.level != "nothing":
             self.metrics.open(0, 0, {}, {})

@@ -77,10 +77,7 @@ class Job:
 
     def run_length(self, step: int) -> RunLength:
         """Return how long the run is, `step` steps of which were taken by earlier starts."""
-        sharding, epochs = self.sharding, self.config.epochs
-        return RunLength(
-            epochs, sharding.steps_per_epoch, sharding.samples, sharding.world_size, step
-        )
+        return RunLength(self.config.epochs, self.sharding, step)
 
     def resume(self, state: TrainState) -> None:
         """Open the run directory and load its newest checkpoint, if any, into `state`.

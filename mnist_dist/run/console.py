@@ -23,7 +23,7 @@ from mnist_dist.sampling import Sharding
 # How often a terminal's progress line is redrawn; elsewhere, the longest time without a line.
 _DRAW_EVERY_S = 0.25
 _LINE_EVERY_S = 10.0
-_SHOWN_LOSSES = 100  # whose mean is shown
+_SHOWN_LOSSES = 100  # the mean over these steps is shown
 _STYLES = {"faint": "2", "good": "32", "warning": "33"}
 
 
@@ -75,17 +75,19 @@ class Console:
 class RunLength:
     """How long a run is, and how fast it has gone since it was started here."""
 
-    def __init__(
-        self, epochs: int, steps_per_epoch: int, samples_per_epoch: int, ranks: int, done: int
-    ) -> None:
-        """Describe a run on `ranks` processes that starts after `done` steps."""
+    def __init__(self, epochs: int, sharding: Sharding, done: int) -> None:
+        """Describe a run of `epochs` that starts after `done` steps."""
         self.epochs = epochs
-        self.steps_per_epoch = steps_per_epoch
-        self.steps = epochs * steps_per_epoch
+        self.steps_per_epoch = sharding.steps_per_epoch
+        self.steps = epochs * self.steps_per_epoch
         self.done = done
-        self._samples_per_step = samples_per_epoch / steps_per_epoch
-        self.local_samples_per_step = self._samples_per_step / ranks
+        self._sharding = sharding
         self._started = time.monotonic()
+
+    def local_samples(self, steps: int) -> int:
+        """Return this rank's samples in the first `steps` steps of the run."""
+        epochs, batch = divmod(steps, self.steps_per_epoch)
+        return epochs * self._sharding.local_samples + self._sharding.local_slice(batch).start
 
     def name(self, epoch: int) -> str:
         """Return "epoch 3/25" for the third of 25 epochs."""
@@ -93,7 +95,8 @@ class RunLength:
 
     def speed(self, step: int) -> float:
         """Return samples per second up to `step`, validation and checkpoints included."""
-        return (step - self.done) * self._samples_per_step / self._seconds()
+        samples = (step - self.done) * self._sharding.samples / self.steps_per_epoch
+        return samples / self._seconds()
 
     def left(self, step: int) -> str:
         """Return the estimated time left after `step`, after the last step the total time."""
@@ -151,7 +154,8 @@ class Progress:
         length = self._length
         self._wait_for_device()
         losses = torch.hstack(list(self._losses))[-_SHOWN_LOSSES:]
-        loss = losses.mean().item() / length.local_samples_per_step
+        samples = length.local_samples(step) - length.local_samples(step - len(losses))
+        loss = losses.sum().item() / max(1, samples)
         text = (
             f"step {step:,}/{length.steps:,}  loss {loss:.4f}  "
             f"{length.speed(step):,.0f} samples/s  {length.left(step)}"
