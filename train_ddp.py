@@ -29,9 +29,10 @@ from mnist_dist.job import Job, open_job
 from mnist_dist.model import build_model
 from mnist_dist.optimizer import build_optimizer
 from mnist_dist.run.console import EpochTimer, Progress
-from mnist_dist.run.metrics import EpochPlots, should_log_plots
+from mnist_dist.run.metrics import EpochPlots
 from mnist_dist.run.state import TrainState
 from mnist_dist.sampling import global_batches
+from mnist_dist.steps import build_stepper, prepare_model, replay_epoch
 
 
 def train(config: TrainConfig, launch: Launch) -> None:
@@ -54,27 +55,27 @@ def train(config: TrainConfig, launch: Launch) -> None:
 def fit(job: Job, state: TrainState, sync: RankSync) -> None:
     """Train and validate epoch by epoch, from where the state stands."""
     config, world, split, sharding = job.config, job.world, job.dataset.train, job.sharding
-    model, applied = job.prepare_model(state.model)  # --compile, --precision
+    model = prepare_model(job, state.model)  # --compile, --precision
     if world.world_size > 1 and config.step == "ddp":
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     sampler = DistributedSampler[int](split, world.world_size, world.rank, seed=config.seed)
     with (
-        job.build_step(state, model, applied, train_step, sync) as (step, graphs, communication),
+        build_stepper(job, state, model, train_step, sync) as stepper,
         job.console.progress(job.run_length(state.step), sync.wait_for_device) as progress,
     ):
         while state.epoch < config.epochs:
             sampler.set_epoch(state.epoch)  # a new permutation, the same on every rank
-            timer = EpochTimer(sharding, state.batch, communication)
-            if graphs is None:
+            timer = EpochTimer(sharding, state.batch, stepper.all_reduce_seconds)
+            if stepper.graphs is None:
                 batches = global_batches(split, sampler, sharding, state.batch, config.random_shift)
                 for images, labels, global_size in batches:
                     scale = torch.full((), world.world_size / global_size, device=world.device)
-                    loss = step(model, state.optimizer, images, labels, scale)
+                    loss = stepper.step(model, state.optimizer, images, labels, scale)
                     state.count_step(loss)  # and step the learning rate's schedule
                     progress.step(state.step, loss)
                     job.sync_step(state, sync)  # now and then: stop, save, not a number
             else:  # --cuda-graphs: many times train_step in one launch
-                job.replay_epoch(graphs, sampler, state, sync, progress)
+                replay_epoch(job, stepper.graphs, sampler, state, sync, progress)
             train_loss = job.sync_epoch(state, sync)
             validate(job, state, {"train/loss": train_loss, **timer.metrics(model)}, progress)
 
@@ -97,10 +98,9 @@ def train_step(
 
 def validate(job: Job, state: TrainState, metrics: dict[str, float], progress: Progress) -> None:
     """Validate on all ranks; log the metrics and save a checkpoint on rank 0."""
-    config, world = job.config, job.world
-    with_plots = config.tensorboard == "full" and should_log_plots(state.epoch + 1, config.epochs)
+    with_plots = job.should_log_plots(state.epoch + 1)
     # All-reduces float64 sums, so that every sample counts once whatever does not divide by what.
-    validation = evaluate(state.model, job.dataset.validation, world, 16 if with_plots else 0)
+    validation = evaluate(state.model, job.dataset.validation, job.world, 16 if with_plots else 0)
     improved = state.finish_epoch(validation.loss)
     metrics |= {"val/loss": validation.loss, "val/accuracy": validation.accuracy, "lr": state.lr}
     # Logged before it is saved: a kill in between repeats the epoch and drops its record.

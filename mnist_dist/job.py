@@ -5,26 +5,16 @@ train_ddp.py is the order in which these functions are called.
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DistributedSampler
 
 from mnist_dist.config import TrainConfig
-from mnist_dist.cuda_graphs import CannotCaptureError, GraphSteps, obstacle
 from mnist_dist.data import Dataset, find_data, load
-from mnist_dist.distributed.ddp import (
-    Bfloat16,
-    check_compression,
-    compile_or_explain,
-    register_comm_hook,
-    settle_buckets,
-)
+from mnist_dist.distributed.ddp import check_compression
 from mnist_dist.distributed.devices import set_precision, set_threads
 from mnist_dist.distributed.failures import PeerLostError, format_ranks
 from mnist_dist.distributed.launcher import Launch
@@ -33,10 +23,8 @@ from mnist_dist.distributed.world import World, init_distributed
 from mnist_dist.errors import JobError, Preempted, UserError
 from mnist_dist.evaluation import Evaluation
 from mnist_dist.model import build_model, describe
-from mnist_dist.optimizer import TrainStep
 from mnist_dist.run.console import (
     Console,
-    Progress,
     RunLength,
     next_commands,
     summary_fields,
@@ -44,8 +32,7 @@ from mnist_dist.run.console import (
 )
 from mnist_dist.run.directory import RunDirectory, find_run_directory
 from mnist_dist.run.environment import code_digest
-from mnist_dist.run.metrics import EpochPlots
-from mnist_dist.run.profiling import profile_steps
+from mnist_dist.run.metrics import EpochPlots, should_log_plots
 from mnist_dist.run.state import TrainState
 from mnist_dist.sampling import Sharding
 
@@ -74,6 +61,10 @@ class Job:
     def is_save_due(self, epoch: int) -> bool:
         """Return whether the run gets a checkpoint after `epoch` epochs."""
         return epoch % self.config.checkpoint_every_epochs == 0 or epoch == self.config.epochs
+
+    def should_log_plots(self, epoch: int) -> bool:
+        """Return whether TensorBoard gets plots of epoch number `epoch` (1 = the first)."""
+        return self.config.tensorboard == "full" and should_log_plots(epoch, self.config.epochs)
 
     def run_length(self, step: int) -> RunLength:
         """Return how long the run is, `step` steps of which were taken by earlier starts."""
@@ -165,123 +156,6 @@ class Job:
             f"global batch {config.global_batch_size}, SGD lr {config.lr:g} {config.schedule}, "
             f"momentum {config.momentum:g}, weight decay {config.weight_decay:g}{shifts}"
         )
-
-    def prepare_model(self, model: nn.Module) -> tuple[nn.Module, list[str]]:
-        """Apply --compile and --precision; return what DDP is to wrap, and what was applied."""
-        if self.config.step == "manual":
-            return model, []
-        applied = []
-        if self.config.compile:
-            model, explanation = compile_or_explain(model, self.world)
-            applied.append(explanation)
-        if self.config.precision != "fp32":
-            applied.append(self.config.precision)
-        return Bfloat16(model) if self.config.precision == "bf16" else model, applied
-
-    @contextlib.contextmanager
-    def build_step(
-        self,
-        state: TrainState,
-        model: nn.Module,
-        applied: list[str],
-        step: TrainStep,
-        sync: RankSync,
-    ) -> Iterator[tuple[TrainStep, GraphSteps | None, Callable[[], float | None]]]:
-        """Choose what gradients travel over, and print the line `step`; every rank must call this.
-
-        Args:
-            state: with the bare model and the optimizer.
-            model: the bare model, or DDP around what `prepare_model` returned.
-            applied: what `prepare_model` applied.
-            step: for DDP.
-            sync: waits for the GPU.
-
-        Yields:
-            The step function; the same captured as CUDA graphs, None without --cuda-graphs; and a
-            function that returns this rank's seconds in all-reduces.
-        """
-        config, world = self.config, self.world
-        share_memory = config.shared_memory == "auto"
-        seconds: Callable[[], float | None]
-        if config.step == "manual":
-            from mnist_dist.fast import ManualStep
-
-            step = manual = ManualStep(
-                state.model, state.optimizer, world, share_memory, config.step_timeout
-            )
-            description, seconds = f"manual backward, {manual.description}", lambda: manual.seconds
-        elif isinstance(model, DistributedDataParallel):
-            transport, seconds = register_comm_hook(
-                model, world, share_memory, config.step_timeout, config.grad_compression
-            )
-            settle_buckets(model)
-            description = ", ".join(["DistributedDataParallel", *applied, transport])
-        else:
-            description, seconds = ", ".join(["single process", *applied]), lambda: None
-        graphs, captured = self._capture(state, model, step, sync)
-        self.console.print_field("step", description + captured)
-        if config.profile and state.step == 0 and world.is_main_process:
-            step = profile_steps(step, self.run.path / "profile")
-        world.set_timeout(config.step_timeout)  # compiling and capturing may take longer
-        try:
-            yield step, graphs, seconds
-        finally:
-            if graphs is not None:
-                graphs.close()
-
-    def _capture(
-        self, state: TrainState, model: nn.Module, step: TrainStep, sync: RankSync
-    ) -> tuple[GraphSteps | None, str]:
-        """Capture `step` as CUDA graphs if all ranks can; return what to add to the description."""
-        config, world = self.config, self.world
-        if config.cuda_graphs == "off" or world.device.type != "cuda":
-            return None, ""
-        obstacles = {
-            "--profile": config.profile,
-            f"--grad-compression {config.grad_compression}": config.grad_compression != "none",
-            "gloo works on the CPU": world.backend == "gloo",
-        }
-        reason = next((text for text, is_there in obstacles.items() if is_there), None)
-        reason = reason or obstacle(model, state.optimizer)
-        graphs = None
-        if reason is None:
-            graphs = GraphSteps(
-                step,
-                model,
-                state.optimizer,
-                self.dataset.train,
-                self.sharding,
-                config.random_shift,
-                launched=sync.launched,
-            )
-            reasons = world.gather(world.run_on_all(lambda: _capture_or_explain(graphs)))
-            reason = next((text for text in reasons if text is not None), None)
-        if graphs is None or reason is not None:
-            return None, f", no CUDA graphs: {reason}"
-        return graphs, f", CUDA graphs of {_counted(graphs.steps_per_launch, 'step')}"
-
-    def replay_epoch(
-        self,
-        graphs: GraphSteps,
-        sampler: "DistributedSampler[int]",
-        state: TrainState,
-        sync: RankSync,
-        progress: Progress,
-    ) -> None:
-        """Train on the rest of an epoch by CUDA graphs, as train_ddp.py does step by step."""
-        graphs.start_epoch(sampler, state.batch)
-        while state.batch < self.sharding.steps_per_epoch:
-            rates = [state.next_lr() for _ in range(self._steps_until_sync(state, sync))]
-            losses = graphs.take(rates)
-            state.count_steps(len(rates), losses)
-            progress.step(state.step, losses)
-            self.sync_step(state, sync, len(rates))
-
-    def _steps_until_sync(self, state: TrainState, sync: RankSync) -> int:
-        """Return the steps until the epoch ends or `sync_step` has something to do."""
-        every = self.config.checkpoint_every_steps
-        until_saved = every - state.step % every if every else sys.maxsize
-        return min(self.sharding.steps_per_epoch - state.batch, sync.steps_left, until_saved)
 
     def sync_step(self, state: TrainState, sync: RankSync, steps: int = 1) -> None:
         """After one or more steps: exchange stop, checkpoint and NaN flags if it is time to.
@@ -426,15 +300,6 @@ def _load_data(config: TrainConfig, world: World, console: Console) -> Dataset:
         "give every process the same flags, code and data",
     )
     return dataset.to(world.device)
-
-
-def _capture_or_explain(graphs: GraphSteps) -> str | None:
-    """Capture `graphs`; return why that cannot be, None if it is done."""
-    try:
-        graphs.capture()
-    except CannotCaptureError as error:
-        return str(error)
-    return None
 
 
 def _counted(count: int, noun: str) -> str:

@@ -22,7 +22,7 @@ from torch import nn
 from benchmarks.gpu import jobs, models
 from benchmarks.gpu.steps import Recipe, Steps, load_split, set_up, start_group_of_one
 from mnist_dist.data import Split
-from mnist_dist.distributed.devices import LaunchQueue
+from mnist_dist.distributed.launch_queue import LaunchQueue
 from mnist_dist.model import MLP
 
 Check = Callable[[str], str]

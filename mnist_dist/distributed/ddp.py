@@ -107,7 +107,7 @@ def _register_compression(model: DistributedDataParallel, compression: Compressi
     model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
 
 
-def compile_or_explain(model: nn.Module, world: World) -> tuple[nn.Module, str]:
+def compile_or_explain(model: nn.Module, world: World) -> tuple[nn.Module, str | None]:
     """Compile `model` with torch.compile if that works on every rank, else return it unchanged.
 
     Args:
@@ -115,7 +115,7 @@ def compile_or_explain(model: nn.Module, world: World) -> tuple[nn.Module, str]:
         world: the ranks, all of which must call this.
 
     Returns:
-        The compiled model, or `model`; and what was done, for the user.
+        The compiled model and None; or `model`, and why it cannot be compiled.
     """
     try:
         compiled: nn.Module = torch.compile(model, dynamic=True)  # type: ignore[assignment]
@@ -125,9 +125,7 @@ def compile_or_explain(model: nn.Module, world: World) -> tuple[nn.Module, str]:
         failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     model.zero_grad()
     failures = [text for text in world.gather(failure) if text is not None]
-    if failures:
-        return model, f"not compiled ({failures[0]})"
-    return compiled, "compiled"
+    return (model, failures[0]) if failures else (compiled, None)
 
 
 class Bfloat16(nn.Module):

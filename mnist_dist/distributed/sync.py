@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mnist_dist.distributed.devices import LaunchQueue
+from mnist_dist.distributed.launch_queue import LaunchQueue
 from mnist_dist.distributed.world import World, as_bytes, as_numbers
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)

@@ -1,7 +1,7 @@
 """`--step manual`: the MLP's forward and backward pass written out, on CPUs.
 
-Everything that only this step needs is in this package; mnist_dist/job.py imports it on demand. To
-remove it, delete the package and the branches that `grep manual` finds in job.py and config.py.
+Everything that only this step needs is in this package, which steps.py and job.py import on demand.
+To remove it, delete the package and the branches that `grep manual` finds there and in config.py.
 """
 
 from mnist_dist.fast.manual_step import ManualStep as ManualStep

@@ -87,7 +87,8 @@ class RunLength:
     def local_samples(self, steps: int) -> int:
         """Return this rank's samples in the first `steps` steps of the run."""
         epochs, batch = divmod(steps, self.steps_per_epoch)
-        return epochs * self._sharding.local_samples + self._sharding.local_slice(batch).start
+        in_epoch: int = self._sharding.local_slice(batch).start
+        return epochs * self._sharding.local_samples + in_epoch
 
     def name(self, epoch: int) -> str:
         """Return "epoch 3/25" for the third of 25 epochs."""

@@ -14,9 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train_ddp
-from mnist_dist.job import Job
+from mnist_dist.steps import build_stepper
 
-_train_step, _build_step = train_ddp.train_step, Job.build_step
+_train_step = train_ddp.train_step
 
 
 def slowly(*arguments: Any) -> torch.Tensor:
@@ -27,10 +27,10 @@ def slowly(*arguments: Any) -> torch.Tensor:
 
 def late(*arguments: Any) -> Any:
     time.sleep(float(os.environ.get("SLOW_START", "0")))
-    return _build_step(*arguments)
+    return build_stepper(*arguments)
 
 
 if __name__ == "__main__":
     train_ddp.train_step = slowly  # type: ignore[assignment]
-    Job.build_step = late  # type: ignore[assignment, method-assign]
+    train_ddp.build_stepper = late  # type: ignore[assignment, attr-defined]
     train_ddp.run()

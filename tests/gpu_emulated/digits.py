@@ -29,7 +29,7 @@ class DropoutMLP(MLP):
 
 
 def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
-    """As train_ddp.py and `Job.build_step` wrap it."""
+    """As train_ddp.py and `build_stepper` wrap it."""
     if world.world_size == 1:
         return model
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)

@@ -1,4 +1,4 @@
-"""The whole job by Job.replay_epoch, with GraphSteps that take their steps on the CPU."""
+"""The whole job by steps.replay_epoch, with GraphSteps that take their steps on the CPU."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ import pytest
 import torch
 from processes import Ended, metrics, run_job, run_main, run_ranks
 
+from mnist_dist import steps
 from mnist_dist.cuda_graphs import GraphSteps
 from mnist_dist.distributed.world import World
 from mnist_dist.job import Job
@@ -26,7 +27,7 @@ def replay(directory: str, flags: list[str], stop_after: int | None) -> tuple[En
     calls: list[str] = []
     set_timeout, close = World.set_timeout, GraphSteps.close
 
-    def capture(self: Job, state: Any, model: Any, step: Any, sync: Any) -> Any:
+    def capture(job: Job, state: Any, model: Any, step: Any, sync: Any) -> Any:
         calls.append("capture")
 
         def launched() -> None:
@@ -35,9 +36,9 @@ def replay(directory: str, flags: list[str], stop_after: int | None) -> tuple[En
             if calls.count("launch") == stop_after:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        split, shift = self.dataset.train, self.config.random_shift
+        split, shift = job.dataset.train, job.config.random_shift
         graphs = GraphSteps(
-            step, model, state.optimizer, split, self.sharding, shift, 4, launched=launched
+            step, model, state.optimizer, split, job.sharding, shift, 4, launched=launched
         )
         return graphs, ", replayed"
 
@@ -49,7 +50,7 @@ def replay(directory: str, flags: list[str], stop_after: int | None) -> tuple[En
         calls.append("close")
         close(self)
 
-    Job._capture = capture  # type: ignore[method-assign]
+    steps._capture = capture
     World.set_timeout = noted_set_timeout  # type: ignore[method-assign]
     GraphSteps.close = noted_close  # type: ignore[method-assign]
     return run_main(directory, flags), calls

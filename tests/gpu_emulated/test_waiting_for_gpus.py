@@ -14,9 +14,9 @@ import torch
 from processes import Ended, run_main, run_ranks
 from torch.distributed import HashStore
 
-from mnist_dist.distributed import devices, sync
-from mnist_dist.distributed.devices import LaunchQueue
+from mnist_dist.distributed import launch_queue, sync
 from mnist_dist.distributed.failures import FailureStore, PeerLostError, is_comm_error
+from mnist_dist.distributed.launch_queue import LaunchQueue
 from mnist_dist.distributed.launcher import Launch, read_launch
 from mnist_dist.distributed.sync import RankSync
 from mnist_dist.distributed.world import World, init_distributed
@@ -110,7 +110,7 @@ def test_work_that_does_not_end_in_time_is_a_lost_connection(
 def test_a_wait_asks_its_check_and_ends_with_its_error(
     make_events: MakeEvents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "_CHECK_EVERY_S", 0.01)
+    monkeypatch.setattr(launch_queue, "_CHECK_EVERY_S", 0.01)
     make_events(None)
     asked: list[float] = []
 
@@ -137,7 +137,7 @@ def wait_of_two_ranks(case: str) -> str:
     """How a rank's wait for its GPU ends; it would be given up after 1,000 s."""
     events = Events(None)
     torch.cuda.Event = events  # type: ignore[assignment, misc]
-    devices._CHECK_EVERY_S, sync._GRACE_S = 0.02, 0.1
+    launch_queue._CHECK_EVERY_S, sync._GRACE_S = 0.02, 0.1
     store = HashStore()
     peer = FailureStore(store, 1, 2)
     launch = Launch("torchrun", 0, 0, 2, 2)
@@ -168,7 +168,7 @@ def test_a_wait_goes_on_while_peers_are_well() -> None:
 def end_of_rank() -> str:
     """Rank 1 fails in training; rank 0 waits for its GPU, which waits for rank 1."""
     torch.cuda.Event = Events(None)  # type: ignore[assignment, misc]
-    devices._CHECK_EVERY_S = 0.02
+    launch_queue._CHECK_EVERY_S = 0.02
     try:
         with init_distributed(read_launch(), "cpu", "auto") as world:
             if world.rank == 1:

@@ -12,7 +12,7 @@ LAYERS = [
     ["errors", "dimensions", "files", "atomic", "flags", "config", "torch_internals"],
     ["model", "optimizer", "distributed", "data"],
     ["sampling", "evaluation", "cuda_graphs", "fast", "run"],
-    ["job", "train_ddp", "commands", "__main__"],
+    ["job", "steps", "train_ddp", "commands", "__main__"],
 ]
 LEVEL = {name: level for level, name in enumerate(room for layer in LAYERS for room in layer)}
 LONGEST_FUNCTION = 55
