@@ -60,9 +60,10 @@ class TrainConfig:
         "auto",
         group="data",
         metavar="SOURCE",
-        help="training data: a mnist.pkl.gz, a mnist.npz, a directory of IDX files (MNIST, "
-        "Fashion-MNIST, KMNIST), `bundled` (5,000 MNIST digits in the package), or `auto` (the "
-        "cache, data/mnist/mnist.pkl.gz, a download, or the bundled digits, in this order)",
+        help="training data: a mnist.pkl.gz, a mnist.npz, a directory or zip of IDX files (MNIST, "
+        "Fashion-MNIST, KMNIST, QMNIST, EMNIST's digits), `bundled` (5,000 MNIST digits in the "
+        "package), or `auto` (the cache, data/mnist/mnist.pkl.gz, a download, or the bundled "
+        "digits, in this order)",
     )
     cache_dir: str | None = flag(
         None,

@@ -1,43 +1,52 @@
-"""Converted data on disk: one file per data set, memory-mapped by every process that reads it.
+"""Converted data on disk: one file per data set, shared by the processes of a node.
 
 An entry is a plain dict of uint8 tensors saved by ``torch.save``. It is complete or absent, and it
-is created once, however many jobs need it at the same time.
+is created once, however many jobs need it at the same time. It is believed only if no other user
+but root can have written it, and if its content has the fingerprint that it claims.
 """
 
 import atexit
+import fcntl
 import io
 import os
 import secrets
 import shutil
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
-from mnist_dist.data.errors import DataError, MalformedError, naming_file
-from mnist_dist.data.splits import SPLIT_NAMES, Dataset, Split
+from mnist_dist.data.errors import DataError, MalformedError, naming_file, one_line
+from mnist_dist.data.splits import SPLIT_NAMES, Dataset, Split, fingerprint
 from mnist_dist.dimensions import IMAGE_PIXELS, NUM_CLASSES
+from mnist_dist.files import create_new, open_regular
 
 # Increase it when the content of an entry changes: older entries are then rebuilt.
-FORMAT = 1
-REMEDY = "name a writable directory with --cache-dir or MNIST_DIST_CACHE"
+FORMAT = 2
+_REBUILD = "remove it and start again: it is rebuilt"
+REMEDY = "name a writable directory of your own with --cache-dir or MNIST_DIST_CACHE"
 
 # Longer than the limit of a download.
 LOCK_WAIT_S = 600
+_LOCK_POLL_S = 0.05
 # A temporary file of this age belongs to a process that was killed.
 _STALE_S = 3600
+# Larger than the entry of any data set that can be read.
+_MAX_BYTES = 2 << 30
+_CHUNK = 1 << 20
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
-_KEYS = {"format", "description", "fingerprint"} | {
+_KEYS = {"format", "entry", "description", "fingerprint"} | {
     f"{name}_{part}" for name in SPLIT_NAMES for part in ("images", "labels")
 }
+# By fingerprint. They stay open while this process lives, since others of its node open them.
+_in_memory: dict[str, Path] = {}
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,10 @@ class CacheDir:
 
     directory: Path
     warnings: tuple[str, ...] = ()
+
+
+class UntrustedError(PermissionError):
+    """Another user can have written the file."""
 
 
 def directory(chosen: str | Path | None) -> Path:
@@ -63,27 +76,39 @@ def directory(chosen: str | Path | None) -> Path:
 
 
 def read(entry: Path) -> Dataset:
-    """Memory-map an entry; its pixels are read when they are used.
+    """Memory-map an entry, or the copy that `hold` made; its pixels are read when they are used.
 
     Raises:
-        DataError: it does not exist, or was not written by `write`.
+        DataError: it does not exist, was not written by `write`, or may be another user's.
     """
-    with naming_file(entry, "remove it and start again: it is rebuilt"):
-        content = torch.load(entry, map_location="cpu", mmap=True, weights_only=True)
-        return _dataset(content)
+    with naming_file(entry, _REBUILD), _open(entry) as file:
+        return _parse(file)
 
 
-def verify(entry: Path) -> None:
-    """Compare an entry's content with the checksums that `torch.save` wrote; takes about 15 ms.
+def hold(entry: Path) -> tuple[Dataset, Path]:
+    """Copy an entry into memory that cannot change, and verify it there; takes about 0.1 s.
+
+    A process that reads from a mapped file that was cut dies of SIGBUS. The copy cannot be cut, and
+    what was verified is what every process gets.
+
+    Returns:
+        The data set; and the path by which this user's processes on this node can `read` the copy,
+        or that of the entry if the system has no such memory.
 
     Raises:
-        DataError: it does not exist, or is damaged.
+        DataError: it does not exist, is damaged, is of other data, or may be another user's.
     """
-    with naming_file(entry, "remove it and start again: it is rebuilt"):
-        with zipfile.ZipFile(entry) as file:
-            damaged = file.testzip()
-        if damaged is not None:
-            raise MalformedError(f"is damaged: {damaged} does not have its checksum")
+    with naming_file(entry, _REBUILD), _open(entry) as file:
+        try:
+            copy = _copy_to_memory(file)
+        except OSError:
+            return _verified(_parse(file, entry.name)), entry
+        with copy:
+            dataset = _verified(_parse(copy, entry.name))
+            if dataset.fingerprint not in _in_memory:
+                descriptor = os.dup(copy.fileno())
+                _in_memory[dataset.fingerprint] = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+        return dataset, _in_memory[dataset.fingerprint]
 
 
 def write(entry: Path, dataset: Dataset) -> None:
@@ -94,6 +119,7 @@ def write(entry: Path, dataset: Dataset) -> None:
     """
     content: dict[str, Any] = {
         "format": FORMAT,
+        "entry": entry.name,
         "description": dataset.description,
         "fingerprint": dataset.fingerprint,
     }
@@ -103,12 +129,15 @@ def write(entry: Path, dataset: Dataset) -> None:
     # Serialized in memory: torch.save turns the OSError of a full disk into a RuntimeError.
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with temporary_file(entry) as file:
-        with file.open("wb") as stream:
+    temporary = entry.with_name(f".{entry.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with create_new(temporary, 0o644) as stream:
             stream.write(buffer.getbuffer())
             stream.flush()
             os.fsync(stream.fileno())
-        file.replace(entry)
+        temporary.replace(entry)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -122,11 +151,19 @@ def exclusive(entry: Path) -> Iterator[CacheDir]:
     Raises:
         DataError: another process held the lock for `LOCK_WAIT_S`.
     """
-    lock = FileLock(entry.with_name(f"{entry.name}.lock"), timeout=LOCK_WAIT_S)
-    try:
-        yield _locked_dir(entry, lock)
-    finally:
-        lock.release()
+    with ExitStack() as held:
+        try:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            held.callback(os.close, _lock(entry.with_name(f"{entry.name}.lock")))
+            # The lock file can be writable although the directory is not.
+            with tempfile.TemporaryFile(dir=entry.parent):
+                pass
+        except OSError as error:
+            target = private_dir(entry.parent, error)
+        else:
+            _sweep(entry)
+            target = CacheDir(entry.parent)
+        yield target
 
 
 def private_dir(refused: Path, reason: Exception) -> CacheDir:
@@ -135,7 +172,7 @@ def private_dir(refused: Path, reason: Exception) -> CacheDir:
     Raises:
         DataError: no temporary directory can be created either.
     """
-    fault = getattr(reason, "strerror", None) or str(reason)
+    fault = getattr(reason, "strerror", None) or getattr(reason, "problem", None) or str(reason)
     try:
         made = Path(tempfile.mkdtemp(prefix="mnist-dist-"))
     except OSError as error:
@@ -143,42 +180,87 @@ def private_dir(refused: Path, reason: Exception) -> CacheDir:
             f"cache {refused}: {fault}; and no temporary directory can be created in TMPDIR", REMEDY
         ) from error
     atexit.register(_remove, made, os.getpid())
-    warning = f"cache {refused} cannot be written ({fault}): converting for this run only; {REMEDY}"
-    return CacheDir(made, (warning,))
+    warning = f"cache {refused} cannot be used ({fault}): converting for this run only; {REMEDY}"
+    return CacheDir(made, (one_line(warning),))
 
 
-@contextmanager
-def temporary_file(entry: Path) -> Iterator[Path]:
-    """Yield a temporary name next to `entry`; a file that still has it afterwards is removed."""
-    file = entry.with_name(f".{entry.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+def _lock(file: Path) -> int:
+    """Lock `file`, where the file system can; returns the descriptor to close.
+
+    Raises:
+        DataError: another process held it for `LOCK_WAIT_S`.
+        OSError: it cannot be opened, or is another user's, who could hold it for ever.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(file, flags, 0o600)
+    deadline = time.monotonic() + LOCK_WAIT_S
     try:
-        yield file
-    finally:
-        file.unlink(missing_ok=True)
+        _check_owner(descriptor)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DataError(
+                        f"{file}: held by another process for {LOCK_WAIT_S} s",
+                        "check that it is still preparing the data, or stop it, then start again",
+                    ) from None
+                time.sleep(_LOCK_POLL_S)
+            except OSError:
+                # No locks on this file system: jobs may convert the same data twice, no more.
+                return descriptor
+            else:
+                return descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
-def _locked_dir(entry: Path, lock: FileLock) -> CacheDir:
+def _open(entry: Path) -> BinaryIO:
+    """Open an entry that no other user but root can have written, or a sealed copy of one."""
+    file = open_regular(entry)
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        # The lock file can be writable although the directory is not.
-        with tempfile.TemporaryFile(dir=entry.parent):
-            pass
-    except Timeout as error:
-        raise DataError(
-            f"{lock.lock_file}: held by another process for {LOCK_WAIT_S} s",
-            "check that it is still preparing the data, or stop it, then start again",
-        ) from error
-    except (OSError, NotImplementedError) as error:
-        return private_dir(entry.parent, error)
-    _sweep(entry)
-    return CacheDir(entry.parent)
+        _check_owner(file.fileno())
+        found = os.fstat(file.fileno())
+        if found.st_mode & 0o022 and not _is_sealed(file):
+            raise UntrustedError("can be written by other users")
+        if found.st_size > _MAX_BYTES:
+            raise MalformedError(f"has more than {_MAX_BYTES:,} bytes")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _check_owner(descriptor: int) -> None:
+    owner = os.fstat(descriptor).st_uid
+    if owner not in (os.geteuid(), 0):
+        raise UntrustedError(f"belongs to another user (uid {owner})")
+
+
+def _is_sealed(file: BinaryIO) -> bool:
+    with suppress(OSError):
+        return fcntl.fcntl(file, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+    return False
+
+
+def _copy_to_memory(file: BinaryIO) -> BinaryIO:
+    copy = os.memfd_create("mnist-dist-data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    sealed = open(copy, "w+b")  # noqa: PTH123, SIM115 - a descriptor
+    try:
+        shutil.copyfileobj(file, sealed, _CHUNK)
+        sealed.flush()
+        fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        sealed.close()
+        raise
+    return sealed
 
 
 def _sweep(entry: Path) -> None:
     for file in entry.parent.glob(f".{entry.name}.*.tmp"):
         with suppress(OSError):
-            if file.stat().st_mtime < time.time() - _STALE_S:
+            if file.lstat().st_mtime < time.time() - _STALE_S:
                 file.unlink()
 
 
@@ -196,16 +278,22 @@ def _home() -> Path:
         return Path("/")
 
 
-def _dataset(content: object) -> Dataset:
+def _parse(file: BinaryIO, name: str | None = None) -> Dataset:
+    """Map an open entry; `name` is the one it must have been written under, None: any."""
+    # By its descriptor: another file may have the name by now.
+    path = f"/proc/self/fd/{file.fileno()}"
+    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise MalformedError("is not a cache entry of this version")
     if content.keys() != _KEYS:
         raise MalformedError("is a cache entry with missing or additional parts")
-    description, fingerprint = content["description"], content["fingerprint"]
-    if not isinstance(description, str) or not isinstance(fingerprint, str):
+    if name is not None and content["entry"] != name:
+        raise MalformedError("is the cache entry of other data")
+    description, digest = content["description"], content["fingerprint"]
+    if not isinstance(description, str) or not isinstance(digest, str):
         raise MalformedError("is a cache entry without description or fingerprint")
     train, validation, test = (_split(content, name) for name in SPLIT_NAMES)
-    return Dataset(train, validation, test, description, fingerprint)
+    return Dataset(train, validation, test, one_line(description), digest)
 
 
 def _split(content: dict[str, Any], name: str) -> Split:
@@ -216,3 +304,9 @@ def _split(content: dict[str, Any], name: str) -> Split:
     if len(labels) == 0 or labels.max() >= NUM_CLASSES:
         raise MalformedError(f"is a cache entry with {name} labels outside 0 to 9")
     return Split(images, labels.to(torch.int64))
+
+
+def _verified(dataset: Dataset) -> Dataset:
+    if fingerprint(dataset.splits) != dataset.fingerprint:
+        raise MalformedError("is damaged: its content does not have its fingerprint")
+    return dataset

@@ -4,7 +4,6 @@ import http.client
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 
@@ -26,28 +25,29 @@ _MAX_BYTES = 64 << 20
 _CHUNK = 1 << 18
 
 
-def fetch(url: str, file: Path) -> None:
-    """Download `url` to `file`.
+def fetch(url: str) -> bytes:
+    """Download `url`.
 
     Raises:
         DataError: no connection, an HTTP error, too slow, or too large; names `url`.
     """
     try:
-        _copy(url, file, time.monotonic() + _TOTAL_TIMEOUT_S)
+        return _read(url, time.monotonic() + _TOTAL_TIMEOUT_S)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise DataError(f"{url}: {_network_fault(error)}", REMEDY) from error
 
 
-def _copy(url: str, file: Path, deadline: float) -> None:
-    size = 0
-    with _open(url) as response, file.open("wb") as out:
+def _read(url: str, deadline: float) -> bytes:
+    content = bytearray()
+    with _open(url) as response:
         # read1 returns what has arrived; read would wait for a full chunk.
         while chunk := response.read1(_CHUNK):
-            size += out.write(chunk)
-            if size > _MAX_BYTES:
+            content += chunk
+            if len(content) > _MAX_BYTES:
                 raise DataError(f"{url}: serves more than {_MAX_BYTES:,} bytes", REMEDY)
             if time.monotonic() > deadline:
                 raise DataError(f"{url}: not complete after {_TOTAL_TIMEOUT_S} s", REMEDY)
+    return bytes(content)
 
 
 def _open(url: str) -> http.client.HTTPResponse:

@@ -1,5 +1,6 @@
 """Errors of a file, address or cache: one line with its name, the problem and the remedy."""
 
+import errno
 import gzip
 import zlib
 from collections.abc import Iterator
@@ -9,6 +10,13 @@ from pathlib import Path
 from mnist_dist.errors import UserError
 
 FILE_REMEDY = "copy or download it again, or pass another file with --data"
+_OTHER_PATH = "pass another path with --data"
+_ERRNO_REMEDIES = {
+    errno.EACCES: f"give this user read permission, or {_OTHER_PATH}",
+    errno.EPERM: f"give this user read permission, or {_OTHER_PATH}",
+    errno.EIO: f"check its disk or network mount, or {_OTHER_PATH}",
+    errno.ESTALE: f"check its network mount, or {_OTHER_PATH}",
+}
 
 
 class DataError(UserError):
@@ -30,20 +38,28 @@ class DataError(UserError):
 class MalformedError(ValueError):
     """What is wrong with the content of a file, without its name, which `naming_file` adds."""
 
+    def __init__(self, problem: str, remedy: str = FILE_REMEDY) -> None:
+        super().__init__(problem)
+        self.remedy = remedy
+
 
 @contextmanager
-def naming_file(file: Path | str, remedy: str = FILE_REMEDY) -> Iterator[None]:
+def naming_file(file: Path | str, remedy: str | None = None) -> Iterator[None]:
     """Convert any exception in the block into a `DataError` that names `file`.
 
     Parsers of untrusted bytes raise many more exceptions than they document (the pickle module a
     dozen), and none of them may reach the user as a traceback.
+
+    Args:
+        file: its name in the error.
+        remedy: None: what helps against the exception.
     """
     try:
         yield
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{file}: {_fault(error)}", remedy) from error
+        raise DataError(f"{file}: {_fault(error)}", remedy or _remedy(error)) from error
 
 
 def _fault(error: Exception) -> str:
@@ -58,6 +74,14 @@ def _fault(error: Exception) -> str:
     return f"is damaged: {type(error).__name__}: {printable(error)}"
 
 
+def _remedy(error: Exception) -> str:
+    if isinstance(error, MalformedError):
+        return error.remedy
+    if isinstance(error, OSError) and error.errno is not None:
+        return _ERRNO_REMEDIES.get(error.errno, _OTHER_PATH)
+    return FILE_REMEDY
+
+
 def printable(value: object, limit: int = 120) -> str:
     """Make text from a file safe to print: ASCII, without control characters, short."""
     text = ascii(str(value))[1:-1]
@@ -65,5 +89,8 @@ def printable(value: object, limit: int = 120) -> str:
 
 
 def one_line(text: str) -> str:
-    """Make text with a path printable: file names may contain newlines or invalid UTF-8."""
-    return " ".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()
+    """Make text with a path printable: file names may contain newlines, escapes, invalid UTF-8."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in " ".join(text.splitlines())
+    )

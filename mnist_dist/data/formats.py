@@ -1,53 +1,56 @@
 """Format detection by a file's first bytes; its name decides only where they do not."""
 
 import hashlib
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mnist_dist.data import idx, npz, pickles
+from mnist_dist.data import file_sets, idx, pickles
 from mnist_dist.data.errors import DataError, MalformedError, naming_file
+from mnist_dist.data.signatures import HEAD, identify, unknown
 from mnist_dist.data.splits import Dataset, Splits, assemble
-from mnist_dist.data.streams import open_unpacked
+from mnist_dist.data.streams import LIMIT, unpacked
+from mnist_dist.files import read_regular
 
-_ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_SUFFIXES = (".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set named by the user: the path, the files behind it, and how to read them."""
+    """A data set named by the user: the path, the content of its files, and how to parse it."""
 
     path: Path
-    files: tuple[Path, ...]
-    reader: Callable[[], Splits]
+    contents: tuple[bytes, ...]
+    layout: str
+    """What decides how `contents` are parsed, besides themselves."""
+    parse: Callable[[], Splits]
 
     def read(self) -> Dataset:
-        """Read and check all files. Raises `DataError`, which names the file at fault."""
+        """Parse and check all files. Raises `DataError`, which names the file at fault."""
         with naming_file(self.path):
-            return assemble(self.reader(), str(self.path.resolve()))
+            return assemble(self.parse(), self.name)
+
+    @property
+    def name(self) -> str:
+        """The path, absolute."""
+        return str(self.path.resolve())
 
     def cache_entry(self) -> str:
-        """Return a file name that depends on the path, size and time of change of every file.
+        """Return a file name that depends on the content of every file, and on nothing else.
 
-        Raises:
-            DataError: a file no longer exists.
+        Size and time of change do not: tar, rsync and image layers restore them.
         """
-        key = hashlib.sha256()
-        with naming_file(self.path):
-            for file in self.files:
-                stat = file.stat()
-                key.update(os.fsencode(file.resolve()))
-                key.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        key = hashlib.sha256(self.layout.encode())
+        for content in self.contents:
+            key.update(hashlib.sha256(content).digest())
         readable = re.sub(r"[^A-Za-z0-9.-]", "_", self.path.resolve().name)[:40]
-        return f"{readable}-{key.hexdigest()[:24]}.pt"
+        return f"{readable}-{key.hexdigest()[:32]}.pt"
 
 
 def detect_format(path: Path) -> Source:
-    """Determine the format of `path`, a file or a directory; a leading ``~`` is expanded.
+    """Read `path`, a file or a directory, and determine its format; a leading ``~`` is expanded.
 
     Raises:
         DataError: it does not exist, cannot be read, or has no known format.
@@ -55,30 +58,48 @@ def detect_format(path: Path) -> Source:
     with naming_file(path):
         path = path.expanduser()
         if path.is_dir():
-            files = idx.find(path)
-            return Source(path, files, partial(idx.read, files))
-        if path.is_file():
-            return Source(path, (path,), partial(_reader_of(path), path))
-        if path.exists():
-            raise MalformedError("is neither a file nor a directory")
-    raise DataError(
-        f"{path}: no such file or directory", "give --data auto, bundled or a path that exists"
-    )
+            return _of_files(path, file_sets.find_in_directory(path))
+        try:
+            content = read_regular(path, LIMIT)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{path}: no such file or directory",
+                "give --data auto, bundled or a path that exists",
+            ) from error
+        return _of_file(path, content)
 
 
-def _reader_of(file: Path) -> Callable[[Path], Splits]:
-    with open_unpacked(file) as stream:
-        head = stream.read(4)
+def parse_pickle(content: bytes) -> Splits:
+    """Parse what must be a ``mnist.pkl.gz``.
+
+    Raises:
+        MalformedError: it is something else, named by its first bytes.
+        Exception: any other error for a damaged file.
+    """
+    with unpacked(content) as stream:
+        if error := identify(stream.read(HEAD)):
+            raise error
+    return pickles.read(content)
+
+
+def _of_files(path: Path, files: file_sets.FileSet) -> Source:
+    contents = files.contents()
+    layout = "transposed files" if files.is_transposed else "files"
+    return Source(path, contents, layout, partial(files.parse, contents))
+
+
+def _of_file(path: Path, content: bytes) -> Source:
+    if file_sets.is_train_images(path.name):
+        return _of_files(path, file_sets.find_beside(path))
+    if content.startswith(file_sets.ZIP_MAGIC):
+        return Source(path, (content,), "zip", partial(file_sets.read_zip, content, path))
+    with unpacked(content) as stream:
+        head = stream.read(HEAD)
     if not head:
         raise MalformedError("is empty")
-    if head == _ZIP_MAGIC:
-        return npz.read
-    if head in (idx.IMAGE_MAGIC, idx.LABEL_MAGIC):
-        raise DataError(f"{file}: is one IDX file of four", "pass the directory that contains them")
-    suffixes = file.name.lower().removesuffix(".gz")
-    if head[:1] == b"\x80" or suffixes.endswith(_PICKLE_SUFFIXES):
-        return pickles.read
-    raise DataError(
-        f"{file}: has an unknown format",
-        "pass a mnist.pkl.gz, a directory of IDX files or a Keras-style mnist.npz",
-    )
+    if idx.is_idx(head):
+        raise DataError(f"{path}: is one IDX file of four", "pass the directory that contains them")
+    suffixes = path.name.lower().removesuffix(".gz")
+    if head[:1] != b"\x80" and (identify(head) or not suffixes.endswith(_PICKLE_SUFFIXES)):
+        raise unknown(head)
+    return Source(path, (content,), "pickle", partial(pickles.read, content))

@@ -4,41 +4,55 @@ The header of a .npy is parsed by numpy (``numpy.lib.format``) and compared with
 the zip before any element is read. Object arrays, which are pickles, are refused.
 """
 
+import io
 import math
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mnist_dist.data.errors import MalformedError, printable
+from mnist_dist.data.signatures import SAVE_AS_NPZ
 from mnist_dist.data.splits import Splits, hold_out_validation
 from mnist_dist.data.streams import BoundedStream
 
-_KERAS_NAMES = ("x_train", "y_train", "x_test", "y_test")
+KERAS_NAMES = ("x_train", "y_train", "x_test", "y_test")
 # numpy writes only these; with LZMA, the file would decide how much memory is used.
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
-def read(file: Path) -> Splits:
-    """Read a Keras-style file: integer arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``.
+def read(content: bytes) -> Splits:
+    """Read a Keras-style file: arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``.
 
     Raises:
         MalformedError: arrays are missing, have the wrong type or do not belong together.
         Exception: any other error of ``zipfile`` or numpy for a damaged zip.
     """
-    with file.open("rb") as stream:
-        x_train, y_train, x_test, y_test = read_arrays(stream, _KERAS_NAMES)
+    x_train, y_train, x_test, y_test = read_arrays(io.BytesIO(content), KERAS_NAMES)
     return hold_out_validation((x_train, y_train), (x_test, y_test))
 
 
-def read_arrays(stream: IO[bytes], names: Sequence[str]) -> list[NDArray[Any]]:
-    """Read the integer arrays `names` from an .npz.
+def read_only_array(content: bytes) -> NDArray[Any]:
+    """Read the one array of an .npz, as KMNIST has four of.
 
     Raises:
-        MalformedError: one is missing, is not of integers, or its size contradicts its header.
+        MalformedError: there is another number of arrays, or it is damaged.
+        Exception: any other error of ``zipfile`` or numpy for a damaged zip.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        names = archive.namelist()
+    if len(names) != 1:
+        raise MalformedError(f"has {len(names)} arrays, expected one", SAVE_AS_NPZ)
+    return read_arrays(io.BytesIO(content), [names[0].removesuffix(".npy")])[0]
+
+
+def read_arrays(stream: IO[bytes], names: Sequence[str]) -> list[NDArray[Any]]:
+    """Read the arrays `names` from an .npz.
+
+    Raises:
+        MalformedError: one is missing, is not of numbers, or its size contradicts its header.
         Exception: any other error of ``zipfile`` or numpy for a damaged zip.
     """
     with zipfile.ZipFile(stream) as archive:
@@ -46,18 +60,28 @@ def read_arrays(stream: IO[bytes], names: Sequence[str]) -> list[NDArray[Any]]:
         missing = [name for name in names if f"{name}.npy" not in members]
         if missing:
             raise MalformedError(
-                f"lacks {', '.join(missing)} (it has {printable(', '.join(members)) or 'nothing'})"
+                f"lacks {', '.join(missing)} (it has {printable(', '.join(members)) or 'nothing'})",
+                SAVE_AS_NPZ,
             )
         return [_read_array(archive, members[f"{name}.npy"]) for name in names]
 
 
-def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
+def check_compression(member: zipfile.ZipInfo) -> None:
+    """Raise `MalformedError` unless `member` is stored or deflated, and not encrypted."""
     if member.compress_type not in _COMPRESSIONS:
-        raise MalformedError(f"{member.filename} uses a compression that numpy does not write")
+        problem = f"{printable(member.filename)} uses a compression that numpy does not write"
+        raise MalformedError(problem, "unpack it, and pass what is in it")
+    if member.flag_bits & 1:
+        raise MalformedError("is encrypted", "unpack it, and pass what is in it")
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
+    check_compression(member)
     with archive.open(member) as stream:
         shape, fortran_order, dtype = _read_header(stream)
-        if dtype.kind not in "iu":
-            raise MalformedError(f"{member.filename} holds {printable(dtype)}, not integers")
+        if dtype.kind not in "iuf":
+            problem = f"{printable(member.filename)} holds {printable(dtype)}, not numbers"
+            raise MalformedError(problem, SAVE_AS_NPZ)
         size, left = math.prod(shape) * dtype.itemsize, member.file_size - stream.tell()
         if size != left or size == 0:
             raise MalformedError(

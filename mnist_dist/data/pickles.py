@@ -15,20 +15,18 @@ import math
 import pickle
 import pickletools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mnist_dist.data.errors import MalformedError, printable
-from mnist_dist.data.splits import SPLIT_NAMES, Split, Splits, make_split
-from mnist_dist.data.streams import BoundedStream, open_unpacked
+from mnist_dist.data.signatures import SAVE_AS_NPZ
+from mnist_dist.data.splits import SPLIT_NAMES, Splits, hold_out_validation, make_split
+from mnist_dist.data.streams import BoundedStream, unpacked
 
 # A valid file takes 200 to 440 reads. The limit bounds what a program can build from small parts.
 _MAX_READS = 4_000
-# Rows converted from floats to bytes at a time, to save memory.
-_ROWS_PER_CHUNK = 4096
 
 _NUMBERS = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")
 _BYTE_ORDERS = ("<", ">", "|")
@@ -44,19 +42,23 @@ _INSTRUCTIONS = (
 )
 
 
-def read(file: Path) -> Splits:
-    """Read the three splits of a ``.pkl`` or ``.pkl.gz``, of any pickle protocol.
+def read(content: bytes) -> Splits:
+    """Read the splits of a ``.pkl`` or ``.pkl.gz``, of any pickle protocol.
+
+    Two pairs of (images, labels), as Keras once pickled, are train and test.
 
     Raises:
         MalformedError: the pickle contains anything but arrays, or they are not three splits.
         Exception: any other error of gzip or the unpickler for a damaged file.
     """
-    with open_unpacked(file) as stream:
-        content = _ArrayUnpickler(stream).load()
+    with unpacked(content) as stream:
+        parts = _ArrayUnpickler(stream).load()
         stream.expect_end()
-    pairs = [_pair(part) for part in _sequence_of(3, content)]
+    if isinstance(parts, (list, tuple)) and len(parts) == 2:
+        return hold_out_validation(_pair(parts[0]), _pair(parts[1]))
+    pairs = [_pair(part) for part in _sequence_of(3, parts)]
     train, validation, test = (
-        _split(name, *pair) for name, pair in zip(SPLIT_NAMES, pairs, strict=True)
+        make_split(name, *pair) for name, pair in zip(SPLIT_NAMES, pairs, strict=True)
     )
     return train, validation, test
 
@@ -64,36 +66,16 @@ def read(file: Path) -> Splits:
 def _pair(part: object) -> tuple[NDArray[Any], NDArray[Any]]:
     images, labels = _sequence_of(2, part)
     if not (isinstance(images, _Array) and isinstance(labels, _Array)):
-        raise MalformedError("holds something else than (images, labels) arrays for each split")
+        raise MalformedError(
+            "holds something else than (images, labels) arrays for each split", SAVE_AS_NPZ
+        )
     return images.values, labels.values
 
 
 def _sequence_of(length: int, value: object) -> list[Any] | tuple[Any, ...]:
     if not isinstance(value, (list, tuple)) or len(value) != length:
-        raise MalformedError("does not hold three splits, each of images and labels")
+        raise MalformedError("does not hold three splits, each of images and labels", SAVE_AS_NPZ)
     return value
-
-
-def _split(name: str, pixels: NDArray[Any], labels: NDArray[Any]) -> Split:
-    if pixels.dtype.kind != "f":
-        raise MalformedError(f"{name} images are {pixels.dtype}, not floats of byte/256")
-    if pixels.ndim == 0:
-        raise MalformedError(f"{name} images are a single number")
-    return make_split(name, _to_bytes(name, pixels), labels)
-
-
-def _to_bytes(name: str, pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    whole = np.empty(pixels.shape, np.uint8)
-    for start in range(0, len(pixels), _ROWS_PER_CHUNK):
-        rows = slice(start, start + _ROWS_PER_CHUNK)
-        with np.errstate(invalid="ignore", over="ignore"):
-            scaled = pixels[rows] * 256
-            whole[rows] = scaled
-        if not np.array_equal(whole[rows], scaled):
-            raise MalformedError(
-                f"{name} images are not byte/256: some pixel * 256 is not 0 to 255"
-            )
-    return whole
 
 
 class _Dtype:
@@ -103,12 +85,14 @@ class _Dtype:
         self._code = _text(code)
         self._order = "|"
         if self._code not in _NUMBERS:
-            raise MalformedError(f"holds an array of {printable(self._code)}, not of plain numbers")
+            raise MalformedError(
+                f"holds an array of {printable(self._code)}, not of plain numbers", SAVE_AS_NPZ
+            )
 
     def set_state(self, state: object) -> None:
         """``(version, byte order, subarray, names, fields, ...)``; the last three are None here."""
         if not isinstance(state, tuple) or len(state) < 5 or state[2:5] != (None, None, None):
-            raise MalformedError("holds an array of records, not of plain numbers")
+            raise MalformedError("holds an array of records, not of plain numbers", SAVE_AS_NPZ)
         self._order = _text(state[1])
         if self._order not in _BYTE_ORDERS:
             raise MalformedError(f"holds an array of byte order {printable(self._order)}")
@@ -185,7 +169,9 @@ class _Instructions(dict[int, _Instruction]):
     def __missing__(self, code: int) -> _Instruction:
         if code not in _NAMES:
             raise MalformedError(f"is no pickle: it has the unknown instruction 0x{code:02x}")
-        raise MalformedError(f"is refused: no pickle of arrays has the instruction {_NAMES[code]}")
+        raise MalformedError(
+            f"is refused: no pickle of arrays has the instruction {_NAMES[code]}", SAVE_AS_NPZ
+        )
 
 
 def _permitted(every: Mapping[int, _Instruction]) -> _Instructions:

@@ -2,14 +2,15 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from mnist_dist.data import bundled, cache, download, pickles
+from mnist_dist.data import bundled, cache, download
 from mnist_dist.data.errors import DataError, naming_file
-from mnist_dist.data.formats import detect_format
-from mnist_dist.data.splits import MNIST_SHA256, Dataset, assemble
+from mnist_dist.data.formats import detect_format, parse_pickle
+from mnist_dist.data.splits import MNIST_SHA256, Dataset, assemble, describe
 
 # Where the original script looked, relative to the working directory.
 LOCAL_FILE = Path("data/mnist/mnist.pkl.gz")
@@ -21,11 +22,13 @@ class DataLocation:
     """Where the processes of this node load the data from. Plain and picklable.
 
     ``cache_file`` is None for the bundled digits. ``warnings`` are for the user, once per job.
+    ``memory`` is the path of a copy in memory, while the process that found the data lives.
     """
 
     cache_file: Path | None
     description: str
     warnings: tuple[str, ...] = ()
+    memory: Path | None = None
 
 
 def find_data(data: str, cache_dir: str | Path | None) -> DataLocation:
@@ -43,10 +46,10 @@ def find_data(data: str, cache_dir: str | Path | None) -> DataLocation:
         return _use_bundled()
     directory = cache.directory(cache_dir)
     if data == "auto":
-        return _find_or_create(directory / MNIST_ENTRY, partial(_get_mnist, directory))
+        return _find_or_create(directory / MNIST_ENTRY, None, partial(_get_mnist, directory))
     source = detect_format(Path(data))
     entry = directory / source.cache_entry()
-    return _find_or_create(entry, lambda target: _write(source.read(), target, entry))
+    return _find_or_create(entry, source.name, lambda target: _write(source.read(), target, entry))
 
 
 def load(location: DataLocation) -> Dataset:
@@ -55,36 +58,62 @@ def load(location: DataLocation) -> Dataset:
     Raises:
         DataError: the cache entry was damaged or removed after `find_data`.
     """
-    return bundled.load() if location.cache_file is None else cache.read(location.cache_file)
+    if location.cache_file is None:
+        return bundled.load()
+    dataset = None
+    if location.memory is not None:
+        # Another container's processes cannot be seen: they map the file.
+        with suppress(DataError):
+            dataset = cache.read(location.memory)
+    dataset = dataset or cache.read(location.cache_file)
+    return replace(dataset, description=location.description)
 
 
-def _find_or_create(entry: Path, create: Callable[[cache.CacheDir], DataLocation]) -> DataLocation:
-    if found := _cached(entry):
-        return found
-    with cache.exclusive(entry) as target:
-        # The previous holder of the lock may have created it.
-        return _cached(entry) or create(target)
-
-
-def _cached(entry: Path) -> DataLocation | None:
+def _find_or_create(
+    entry: Path, source: str | None, create: Callable[[cache.CacheDir], DataLocation]
+) -> DataLocation:
     try:
-        cache.verify(entry)
-        return DataLocation(entry, cache.read(entry).description)
-    except DataError:
-        return None
+        return _cached(entry, source)
+    except DataError as error:
+        refused = error
+    with cache.exclusive(entry) as target:
+        try:  # the previous holder of the lock may have created it
+            return _cached(entry, source)
+        except DataError:
+            found = create(target)
+    if isinstance(refused.__cause__, cache.UntrustedError):
+        warning = f"not used: {refused.problem}"
+        found = replace(found, warnings=(warning, *found.warnings))
+    return found
+
+
+def _cached(entry: Path, source: str | None) -> DataLocation:
+    """Verify an entry. Raises `DataError` if there is none that can be used."""
+    dataset, memory = cache.hold(entry)
+    if entry.name == MNIST_ENTRY and dataset.fingerprint != MNIST_SHA256:
+        raise DataError(f"{entry}: is not MNIST", cache.REMEDY)
+    description = dataset.description
+    if source is not None:
+        # The same content may have been converted from another path.
+        description = describe(dataset.splits, dataset.fingerprint, source)
+    return DataLocation(entry, description, (), memory)
 
 
 def _write(dataset: Dataset, target: cache.CacheDir, entry: Path) -> DataLocation:
     """Write `dataset` as `entry` to `target`, or to a private directory if that fails."""
     try:
-        kept = target.directory / entry.name
-        cache.write(kept, dataset)
-    except OSError as error:
+        return _write_to(target, dataset, entry.name)
+    except (OSError, DataError) as error:
         target = cache.private_dir(target.directory, error)
-        kept = target.directory / entry.name
-        with naming_file(kept, cache.REMEDY):
-            cache.write(kept, dataset)
-    return DataLocation(kept, dataset.description, target.warnings)
+    with naming_file(target.directory / entry.name, cache.REMEDY):
+        return _write_to(target, dataset, entry.name)
+
+
+def _write_to(target: cache.CacheDir, dataset: Dataset, name: str) -> DataLocation:
+    kept = target.directory / name
+    cache.write(kept, dataset)
+    _, memory = cache.hold(kept)
+    return DataLocation(kept, dataset.description, target.warnings, memory)
 
 
 def _get_mnist(directory: Path, target: cache.CacheDir) -> DataLocation:
@@ -105,8 +134,8 @@ def _get_mnist(directory: Path, target: cache.CacheDir) -> DataLocation:
 def _take_local_file(directory: Path, target: cache.CacheDir) -> DataLocation:
     source = detect_format(LOCAL_FILE)
     own_entry = directory / source.cache_entry()
-    if found := _cached(own_entry):
-        return found
+    with suppress(DataError):
+        return _cached(own_entry, source.name)
     dataset = source.read()
     # Runs in other directories must find only genuine MNIST under --data auto.
     genuine = dataset.fingerprint == MNIST_SHA256
@@ -115,15 +144,13 @@ def _take_local_file(directory: Path, target: cache.CacheDir) -> DataLocation:
 
 def _download(target: cache.CacheDir) -> DataLocation:
     url = os.environ.get("MNIST_DIST_URL") or download.URL
-    entry = target.directory / MNIST_ENTRY
-    with cache.temporary_file(entry) as file:
-        download.fetch(url, file)
-        with naming_file(url, download.REMEDY):
-            dataset = assemble(pickles.read(file), url)
+    content = download.fetch(url)
+    with naming_file(url, download.REMEDY):
+        dataset = assemble(parse_pickle(content), url)
     # Compared by content: gzip files of the same data differ between mirrors.
     if dataset.fingerprint != MNIST_SHA256:
         raise DataError(f"{url}: serves another data set than MNIST", download.REMEDY)
-    return _write(dataset, target, entry)
+    return _write(dataset, target, target.directory / MNIST_ENTRY)
 
 
 def _use_bundled(*warnings: str) -> DataLocation:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import data as torch_data
 
 from mnist_dist.data.errors import DataError, MalformedError, one_line
-from mnist_dist.dimensions import IMAGE_PIXELS, IMAGE_SIDE, NUM_CLASSES
+from mnist_dist.data.numbers import labels_as_integers, pixels_as_bytes
 
 SPLIT_NAMES = ("train", "validation", "test")
 
@@ -95,9 +95,14 @@ class Dataset:
 def assemble(splits: Splits, source: str) -> Dataset:
     """Describe and fingerprint three splits that were read from `source`."""
     digest = fingerprint(splits)
+    return Dataset(*splits, describe(splits, digest, source), digest)
+
+
+def describe(splits: Splits, digest: str, source: str) -> str:
+    """Describe splits of the fingerprint `digest` that come from `source`, in one line."""
     name = "MNIST" if digest == MNIST_SHA256 else "Dataset"
     sizes = " / ".join(f"{len(split):,}" for split in splits)
-    return Dataset(*splits, f"{name}, {sizes} from {one_line(source)}", digest)
+    return f"{name}, {sizes} from {one_line(source)}"
 
 
 def make_split(name: str, images: NDArray[Any], labels: NDArray[Any]) -> Split:
@@ -105,18 +110,16 @@ def make_split(name: str, images: NDArray[Any], labels: NDArray[Any]) -> Split:
 
     Args:
         name: the split's name in errors, such as ``train``.
-        images: (N, 28, 28) or (N, 784) uint8.
-        labels: (N,) of any integer type.
+        images: as in `pixels_as_bytes`.
+        labels: as in `labels_as_integers`.
 
     Raises:
-        MalformedError: a wrong shape, dtype or label, unequal lengths, or no samples.
+        MalformedError: as these two, or the lengths are unequal.
     """
-    _check_images(name, images)
-    _check_labels(name, labels)
+    pixels, classes = pixels_as_bytes(name, images), labels_as_integers(name, labels)
     if len(images) != len(labels):
         raise MalformedError(f"{name} has {len(images):,} images but {len(labels):,} labels")
-    pixels = np.array(images, order="C").reshape(len(images), IMAGE_PIXELS)
-    return Split(torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)))
+    return Split(torch.from_numpy(pixels), torch.from_numpy(classes))
 
 
 def hold_out_validation(train: Arrays, test: Arrays) -> Splits:
@@ -136,27 +139,6 @@ def hold_out_validation(train: Arrays, test: Arrays) -> Splits:
         Split(whole.images[kept:], whole.labels[kept:]),
         make_split("test", *test),
     )
-
-
-def check_image_shape(name: str, shape: tuple[int, ...]) -> None:
-    """Raise `MalformedError` unless `shape` is (N, 28, 28) or (N, 784) with N of at least 1."""
-    if shape[1:] not in ((IMAGE_SIDE, IMAGE_SIDE), (IMAGE_PIXELS,)):
-        raise MalformedError(f"{name} images have shape {shape}, not (N, 28, 28) or (N, 784)")
-    if shape[0] == 0:
-        raise MalformedError(f"{name} has no samples")
-
-
-def _check_images(name: str, images: NDArray[Any]) -> None:
-    check_image_shape(name, images.shape)
-    if images.dtype != np.uint8:
-        raise MalformedError(f"{name} images are {images.dtype}, not uint8")
-
-
-def _check_labels(name: str, labels: NDArray[Any]) -> None:
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise MalformedError(f"{name} labels are {labels.dtype} {labels.shape}, not integers (N,)")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < NUM_CLASSES:
-        raise MalformedError(f"{name} labels run from {labels.min()} to {labels.max()}, not 0 to 9")
 
 
 def fingerprint(splits: Splits) -> str:

@@ -1,9 +1,9 @@
 """Streams with a size limit, so that a file cannot decide how much memory is used."""
 
 import gzip
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO
 
 from mnist_dist.data.errors import MalformedError
@@ -57,13 +57,11 @@ class BoundedStream:
 
 
 @contextmanager
-def open_unpacked(file: Path) -> Iterator[BoundedStream]:
-    """Open `file` for reading, through gzip if it starts with its magic number (RFC 1952)."""
-    with file.open("rb") as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        if not packed:
-            yield BoundedStream(raw)
-            return
-        with gzip.GzipFile(fileobj=raw) as unpacked:
-            yield BoundedStream(unpacked)
+def unpacked(content: bytes) -> Iterator[BoundedStream]:
+    """Read `content`, through gzip if it starts with its magic number (RFC 1952)."""
+    raw = io.BytesIO(content)
+    if not content.startswith(b"\x1f\x8b"):
+        yield BoundedStream(raw)
+        return
+    with gzip.GzipFile(fileobj=raw) as stream:
+        yield BoundedStream(stream)

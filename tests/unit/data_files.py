@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,9 +128,13 @@ def _text_array(array: Array) -> bytes:
     return reconstructed + b"(I1\n(" + shape + b"t" + dtype + b"I00\nS'" + data + b"'\ntb"
 
 
+_IDX_TYPES = {"u1": 8, "i1": 9, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
+
+
 def idx_bytes(array: Array) -> bytes:
-    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-    return header + bytes(array.tobytes())
+    code = _IDX_TYPES[array.dtype.str[1:]]
+    header = struct.pack(f">HBB{array.ndim}I", 0, code, array.ndim, *array.shape)
+    return header + bytes(array.astype(array.dtype.newbyteorder(">")).tobytes())
 
 
 def write_idx(directory: Path, made: Digits, suffix: str = "", separator: str = "-") -> Path:
@@ -138,6 +143,52 @@ def write_idx(directory: Path, made: Digits, suffix: str = "", separator: str = 
             name = f"{role}-{kind}{separator}idx{array.ndim}-ubyte{suffix}"
             write_bytes(directory / name, idx_bytes(array))
     return directory
+
+
+def write_named(directory: Path, made: Digits, names: str, transpose: bool = False) -> Path:
+    """IDX files of other names: `{part}` is train or test, `{kind}` what is in the file."""
+    for part, (images, labels) in (("train", made.train), ("test", made.test)):
+        images = images.transpose(0, 2, 1) if transpose else images
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            write_bytes(directory / names.format(part=part, kind=kind), idx_bytes(array))
+    return directory
+
+
+def write_qmnist(directory: Path, made: Digits) -> Path:
+    """The labels have eight columns of 32 bits: the class, then the writer and so on."""
+    for part, (images, labels) in (("train", made.train), ("test", made.test)):
+        columns = np.full((len(labels), 8), 54321, np.int32)
+        columns[:, 0] = labels
+        name = f"qmnist-{part}-"
+        write_bytes(directory / f"{name}images-idx3-ubyte.gz", idx_bytes(images))
+        write_bytes(directory / f"{name}labels-idx2-int.gz", idx_bytes(columns))
+    return directory
+
+
+def write_kmnist_npz(directory: Path, made: Digits) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    for part, (images, labels) in (("train", made.train), ("test", made.test)):
+        np.savez_compressed(directory / f"kmnist-{part}-imgs.npz", images)
+        np.savez_compressed(directory / f"kmnist-{part}-labels.npz", labels)
+    return directory
+
+
+def write_kaggle(directory: Path, made: Digits) -> Path:
+    """Each file in a folder of its own name."""
+    for file in sorted(write_idx(directory / "flat", made).iterdir()):
+        (directory / file.name).mkdir()
+        file.rename(directory / file.name / file.name)
+    (directory / "flat").rmdir()
+    return directory
+
+
+def write_zip(file: Path, directory: Path) -> Path:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(directory.rglob("*")):
+            archive.write(path, path.relative_to(directory))
+        archive.writestr("__MACOSX/._train-images-idx3-ubyte", b"metadata")
+        archive.writestr("README.txt", b"text")
+    return file
 
 
 def write_npz(file: Path, made: Digits, **changed: Array) -> Path:
@@ -155,6 +206,34 @@ def write_npz(file: Path, made: Digits, **changed: Array) -> Path:
 
 def _pickle_writer(name: str, content: Callable[[Digits], bytes]) -> Writer:
     return lambda home, made: write_bytes(home / name, content(made))
+
+
+def _zip_of(write: Writer) -> Writer:
+    return lambda home, made: write_zip(home / "archive.zip", write(home / "unpacked", made))
+
+
+def _npz_with(change: Callable[[Pair], Pair]) -> Writer:
+    """Keras's file, its images and labels changed."""
+
+    def write(home: Path, made: Digits) -> Path:
+        (x_train, y_train), (x_test, y_test) = change(made.train), change(made.test)
+        arrays = {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
+        return write_npz(home / "mnist.npz", made, **arrays)
+
+    return write
+
+
+def _idx_of(dtype: str) -> Writer:
+    """IDX files of another number type."""
+
+    def write(home: Path, made: Digits) -> Path:
+        for file in sorted(write_idx(home, made).iterdir()):
+            images, labels = made.train if "train" in file.name else made.test
+            array = images if "images" in file.name else labels
+            file.write_bytes(idx_bytes(array.astype(dtype)))
+        return home
+
+    return write
 
 
 def _idx_writer(folder: str, suffix: str = "", separator: str = "-") -> Writer:
@@ -185,7 +264,51 @@ WRITERS: dict[str, Writer] = {
     "idx in MNIST/raw": _idx_writer("MNIST/raw"),
     "idx in FashionMNIST/raw": _idx_writer("FashionMNIST/raw", ".gz"),
     "idx in KMNIST/raw": _idx_writer("KMNIST/raw"),
+    "idx with test- names": lambda home, made: write_named(home, made, "{part}-{kind}-ubyte"),
+    "idx, named by its training images": lambda home, made: (
+        write_idx(home, made, ".gz") / "train-images-idx3-ubyte.gz"
+    ),
+    "idx in Kaggle's folders": write_kaggle,
+    "idx of 32-bit integers": _idx_of("i4"),
+    "idx of floats": _idx_of("f4"),
+    "EMNIST digits": lambda home, made: write_named(
+        home / "EMNIST" / "raw", made, "emnist-digits-{part}-{kind}-ubyte", transpose=True
+    ),
+    "EMNIST mnist, beside letters": lambda home, made: (
+        write_named(
+            write_named(home / "gzip", digits(seed=9), "emnist-letters-{part}-{kind}-ubyte.gz"),
+            made,
+            "emnist-mnist-{part}-{kind}-ubyte.gz",
+            transpose=True,
+        ).parent
+    ),
+    "QMNIST": lambda home, made: write_qmnist(home / "QMNIST" / "raw", made).parents[1],
+    "KMNIST of npz files": write_kmnist_npz,
+    "zip of idx": _zip_of(write_idx),
+    "zip of a folder of packed idx": _zip_of(_idx_writer("MNIST/raw", ".gz")),
+    "zip of Kaggle's folders": _zip_of(write_kaggle),
+    "zip of EMNIST": _zip_of(
+        lambda home, made: write_named(
+            home, made, "gzip/emnist-digits-{part}-{kind}-ubyte.gz", transpose=True
+        )
+    ),
+    "zip of QMNIST": _zip_of(write_qmnist),
+    "zip of npz files": _zip_of(write_kmnist_npz),
     "npz": lambda home, made: write_npz(home / "mnist.npz", made),
+    "npz with a channel axis": _npz_with(lambda pair: (pair[0][..., None], pair[1])),
+    "npz with channels first": _npz_with(lambda pair: (pair[0][:, None], pair[1])),
+    "npz with a column of labels": _npz_with(lambda pair: (pair[0], pair[1][:, None])),
+    "npz of int64": _npz_with(lambda pair: (pair[0].astype("i8"), pair[1].astype("i8"))),
+    "npz of big-endian int16": _npz_with(lambda pair: (pair[0].astype(">i2"), pair[1])),
+    "npz of whole floats": _npz_with(lambda pair: (pair[0].astype("f4"), pair[1].astype("f8"))),
+    "npz of half floats": _npz_with(lambda pair: (pair[0].astype("f2"), pair[1])),
+    "npz of byte/256": _npz_with(lambda pair: (pair[0] / np.float32(256), pair[1])),
+    "pickle of whole numbers": _pickle_writer(
+        "mnist.pkl", lambda made: pickle.dumps([(x, y[:, None]) for x, y in made.splits])
+    ),
+    "pickle of train and test, as in old Keras": _pickle_writer(
+        "mnist.pkl.gz", lambda made: pickle.dumps((made.train, made.test), 2)
+    ),
 }
 
 

@@ -142,7 +142,7 @@ def test_other_data_than_mnist_is_not_accepted_from_the_network(
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b"<!DOCTYPE html>", "is no pickle"),
+        (b"<!DOCTYPE html>", "is an HTML page"),
         (b"", "is cut short"),
         (b"\x1f\x8b", "is cut short"),
         (b"\x80\x02cos\nsystem\n.", "is refused: the pickle asks for os.system"),

@@ -25,6 +25,7 @@ from data_files import (
 from filelock import FileLock
 
 from mnist_dist.data import DataError, DataLocation, find_data, load
+from mnist_dist.data.splits import MNIST_SHA256
 
 MADE = digits()
 
@@ -75,8 +76,51 @@ def test_a_changed_file_is_converted_anew(source: Path) -> None:
 def test_each_of_several_files_counts_as_changed(tmp_path: Path) -> None:
     directory = write_idx(tmp_path / "idx", MADE)
     before = entry_of(directory)
-    os.utime(directory / "t10k-labels-idx1-ubyte", ns=(1, 1))
+    labels = directory / "t10k-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:-1] + b"\7")
     assert entry_of(directory) != before
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_other_content_of_the_same_size_and_time_is_converted(
+    in_place: bool, tmp_path: Path
+) -> None:
+    """As tar, rsync -t, cp -p and image layers leave it."""
+    directory = write_idx(tmp_path / "idx", MADE)
+    assert_holds(read(directory), MADE)
+    other = write_idx(tmp_path / "other", digits(seed=1))
+    for file in directory.iterdir():
+        was = file.stat()
+        if in_place:
+            file.write_bytes((other / file.name).read_bytes())
+        else:
+            (other / file.name).replace(file)
+        os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+        assert file.stat().st_size == was.st_size
+    assert_holds(read(directory), digits(seed=1))
+
+
+def test_labels_and_images_that_change_places_are_other_data(tmp_path: Path) -> None:
+    directory = write_idx(tmp_path / "idx", digits(train=60, test=60))
+    first = read(directory)
+    for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+        train, test, spare = (directory / f"{part}-{kind}" for part in ("train", "t10k", "x"))
+        train.rename(spare)
+        test.rename(train)
+        spare.rename(test)
+    assert torch.equal(read(directory).test.images[:50], first.train.images)
+
+
+def test_the_same_content_elsewhere_needs_no_conversion_and_is_called_by_its_own_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = write_idx(tmp_path / "a" / "raw", MADE)
+    second = write_idx(tmp_path / "b" / "raw", MADE)
+    read(first)
+    monkeypatch.setattr("mnist_dist.data.formats.Source.read", None)
+    dataset = read(second)
+    assert_holds(dataset, MADE)
+    assert dataset.description.endswith(f"from {second}")
 
 
 def test_writing_into_loaded_images_does_not_change_the_cache(source: Path) -> None:
@@ -98,11 +142,10 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 def test_a_damaged_entry_is_refused_by_load_and_rebuilt_by_find_data(
     damage: Callable[[bytes], bytes], source: Path
 ) -> None:
-    location = find_data(str(source), None)
     entry = entry_of(source)
     entry.write_bytes(damage(entry.read_bytes()))
     with pytest.raises(DataError) as caught:
-        load(location)
+        load(DataLocation(entry, ""))
     assert_one_line(caught.value, str(entry), "remove it")
     assert_holds(read(source), MADE)
 
@@ -119,17 +162,21 @@ ALTERATIONS: dict[str, dict[str, object]] = {
     "floats": {"train_images": torch.zeros(50, 784)},
     "labels of 11": {"test_labels": torch.full((10,), 11, dtype=torch.uint8)},
     "no tensor": {"test_labels": [1, 2, 3]},
+    "other pixels": {"test_images": torch.zeros(10, 784, dtype=torch.uint8)},
+    "a fingerprint of other data": {"fingerprint": MNIST_SHA256},
+    "the name of another entry": {"entry": "mnist.pt"},
 }
+# Only comparing the content with what it claims to be finds these.
+CONSISTENT = ("other pixels", "a fingerprint of other data", "the name of another entry")
 
 
-@pytest.mark.parametrize("alteration", ALTERATIONS.values(), ids=ALTERATIONS.keys())
-def test_an_entry_of_another_structure_is_rebuilt(
-    alteration: dict[str, object], source: Path
-) -> None:
+@pytest.mark.parametrize("kind", ALTERATIONS)
+def test_an_entry_of_other_content_is_rebuilt(kind: str, source: Path) -> None:
     entry = entry_of(source)
-    torch.save(torch.load(entry) | alteration, entry)
-    with pytest.raises(DataError):
-        load(DataLocation(entry, ""))
+    torch.save(torch.load(entry) | ALTERATIONS[kind], entry)
+    if kind not in CONSISTENT:
+        with pytest.raises(DataError):
+            load(DataLocation(entry, ""))
     assert_holds(read(source), MADE)
 
 
@@ -144,11 +191,145 @@ def test_an_entry_that_is_a_program_is_not_run(source: Path, tmp_path: Path) -> 
 
 
 def test_an_entry_removed_since_is_an_error_that_names_it(source: Path) -> None:
-    location = find_data(str(source), None)
-    entry_of(source).unlink()
+    entry = entry_of(source)
+    entry.unlink()
     with pytest.raises(DataError) as caught:
-        load(location)
-    assert_one_line(caught.value, str(location.cache_file), "No such file")
+        load(DataLocation(entry, ""))
+    assert_one_line(caught.value, str(entry), "No such file")
+
+
+def test_an_entry_that_is_cut_or_removed_after_the_start_harms_no_process(source: Path) -> None:
+    location = find_data(str(source), None)
+    before = load(location)
+    entry = entry_of(source)
+    os.truncate(entry, 10)
+    assert_holds(before, MADE)
+    entry.unlink()
+    child = os.fork()
+    if child == 0:  # another process of the node that comes late
+        os._exit(0 if torch.equal(load(location).test.images, before.test.images) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_without_memory_to_hold_the_data_the_entry_is_mapped(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "memfd_create", refused)
+    location = find_data(str(source), None)
+    assert location.memory == location.cache_file
+    assert_holds(load(location), MADE)
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+OBSTACLES: dict[str, Callable[[Path], None]] = {
+    "FIFO": fifo,
+    "directory": Path.mkdir,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "loop": lambda path: path.symlink_to(path.name),
+    "link to a stranger's file": lambda path: path.symlink_to(path.parent.parent / "stranger"),
+}
+
+
+@pytest.mark.timeout(60)  # opening a FIFO would wait for a writer
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+@pytest.mark.parametrize("suffix", ["", ".lock"])
+def test_what_is_no_file_in_the_place_of_an_entry_or_its_lock_is_no_obstacle(
+    suffix: str, obstacle: str, source: Path, tmp_path: Path
+) -> None:
+    stranger = tmp_path / "stranger"
+    stranger.write_bytes(b"mine")
+    entry = entry_of(source)
+    entry.unlink()
+    Path(f"{entry}.lock").unlink()
+    OBSTACLES[obstacle](Path(f"{entry}{suffix}"))
+    location = find_data(str(source), None)
+    assert_holds(load(location), MADE)
+    assert len(location.warnings) <= 1
+    assert stranger.read_bytes() == b"mine"
+
+
+def test_a_temporary_file_never_overwrites_what_has_its_name(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stranger = tmp_path / "stranger"
+    stranger.write_bytes(b"mine")
+    entry = entry_of(source)
+    entry.unlink()
+    monkeypatch.setattr("secrets.token_hex", lambda _: "known")
+    entry.with_name(f".{entry.name}.{os.getpid()}.known.tmp").symlink_to(stranger)
+    location = find_data(str(source), None)
+    assert_holds(load(location), MADE)
+    assert stranger.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_a_file_system_without_locks_is_no_obstacle(
+    error: int, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    location = find_data(str(source), None)
+    assert_holds(load(location), MADE)
+    assert location.warnings == ()
+    assert location.cache_file == entry_of(source)
+
+
+def test_an_entry_that_others_can_write_is_not_believed(source: Path) -> None:
+    entry = entry_of(source)
+    entry.chmod(0o666)
+    location = find_data(str(source), None)
+    assert_holds(load(location), MADE)
+    (warning,) = location.warnings
+    assert str(entry) in warning
+    assert "can be written by other users" in warning
+    assert find_data(str(source), None).warnings == ()  # made anew, for its owner alone
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_another_users_entry_is_not_believed_and_its_text_not_printed(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    source = write_npz(tmp_path / "made.npz", MADE)
+    entry = find_data(str(source), shared).cache_file
+    assert entry is not None
+    content = torch.load(entry) | {"description": "MNIST \x1b]0;owned\a\x1b[31m"}
+    torch.save(content, entry)
+    assert_holds(load(find_data(str(source), shared)), MADE)
+    torch.save(content, entry)
+    os.chown(entry, 12345, -1)
+    location = find_data(str(source), shared)
+    assert_holds(load(location), MADE)
+    (warning,) = location.warnings
+    assert "belongs to another user (uid 12345)" in warning
+    assert (location.description + warning).isprintable()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_a_lock_that_another_user_could_hold_for_ever_is_not_waited_for(tmp_path: Path) -> None:
+    source = write_npz(tmp_path / "made.npz", MADE)
+    entry = entry_of(source)
+    entry.unlink()
+    os.chown(f"{entry}.lock", 12345, -1)
+    with FileLock(f"{entry}.lock"):
+        location = find_data(str(source), None)
+    assert_holds(load(location), MADE)
+    assert "belongs to another user" in location.warnings[0]
+
+
+def test_noise_that_is_called_mnist_is_not_taken_for_it(tmp_path: Path) -> None:
+    entry = entry_of(write_npz(tmp_path / "made.npz", MADE))
+    forged = {"entry": "mnist.pt", "fingerprint": MNIST_SHA256, "description": "MNIST"}
+    torch.save(torch.load(entry) | forged, entry.with_name("mnist.pt"))
+    assert find_data("auto", None).cache_file is None  # the bundled digits
+    torch.save(torch.load(entry) | {"entry": "mnist.pt"}, entry.with_name("mnist.pt"))
+    assert find_data("auto", None).cache_file is None
 
 
 def test_several_processes_at_once_convert_once(source: Path, tmp_path: Path) -> None:
@@ -249,12 +430,11 @@ def test_an_unwritable_cache_that_has_the_entry_is_used_without_warning(tmp_path
         source = write_npz(home / "made.npz", MADE)
         entry = find_data(str(source), home / "cache").cache_file
         (home / "cache").chmod(0o555)
-        assert find_data(str(source), home / "cache") == DataLocation(
-            entry, read(source).description
-        )
-        os.utime(source, (1, 1))
+        found = find_data(str(source), home / "cache")
+        assert (found.cache_file, found.warnings) == (entry, ())
+        write_npz(source, digits(seed=1))
         location = find_data(str(source), home / "cache")
-        assert_holds(load(location), MADE)
+        assert_holds(load(location), digits(seed=1))
         assert "Permission denied" in location.warnings[0]
         (home / "cache").chmod(0o755)
 

@@ -21,8 +21,12 @@ from data_files import (
     read,
     write_bytes,
     write_idx,
+    write_kmnist_npz,
+    write_named,
     write_npz,
     write_pickle,
+    write_qmnist,
+    write_zip,
 )
 
 from mnist_dist.data import DataError, Dataset, find_data
@@ -204,3 +208,79 @@ def test_moving_to_a_device_keeps_everything_else() -> None:
     assert moved.test.labels.shape == whole.test.labels.shape
     assert (moved.fingerprint, moved.description) == (whole.fingerprint, whole.description)
     assert whole.to(torch.device("cpu")).train.images is whole.train.images
+
+
+def test_two_sets_in_one_folder_are_told_apart_by_naming_the_training_images(
+    tmp_path: Path,
+) -> None:
+    both = write_named(tmp_path, digits(seed=1), "emnist-digits-{part}-{kind}-ubyte", True)
+    write_named(both, digits(seed=2), "emnist-mnist-{part}-{kind}-ubyte", True)
+    write_idx(both, digits(seed=3))
+    with pytest.raises(DataError, match="contains several data sets; pass the training images"):
+        read(both)
+    names = ("emnist-digits-train", "emnist-mnist-train", "train")
+    for seed, name in enumerate(names, start=1):
+        assert_holds(read(both / f"{name}-images-idx3-ubyte"), digits(seed=seed))
+
+
+def test_two_test_sets_of_one_training_set_are_refused(tmp_path: Path) -> None:
+    write_named(write_idx(tmp_path, digits()), digits(seed=1), "{part}-{kind}-ubyte")
+    with pytest.raises(DataError, match=r"has two test sets .*; remove or rename"):
+        read(tmp_path)
+
+
+def test_letters_are_refused_by_name_and_by_label(tmp_path: Path) -> None:
+    letters = write_named(tmp_path / "a", digits(), "emnist-letters-{part}-{kind}-ubyte")
+    with pytest.raises(DataError, match=r"more than ten classes \(emnist-letters\); pass a dir"):
+        read(letters)
+    made = digits()
+    renamed = Digits((made.train[0], np.arange(60, dtype=np.uint8) % 26 + 1), made.test)
+    with pytest.raises(DataError, match="run from 1 to 26, not 0 to 9: they are letters; pass a"):
+        read(write_idx(tmp_path / "b", renamed))
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (write_kmnist_npz, "kmnist-test-labels.npz"),
+        (write_qmnist, "qmnist-test-labels-idx2-int.gz"),
+    ],
+)
+def test_a_missing_file_of_a_named_set_is_refused(
+    write: Callable[[Path, Digits], Path], name: str, tmp_path: Path
+) -> None:
+    directory = write(tmp_path / "set", digits())
+    (directory / name).unlink()
+    with pytest.raises(DataError, match=f"{name.split('-idx')[0]}.* is missing"):
+        read(directory)
+
+
+def test_several_sets_in_a_zip_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "unpacked"
+    write_idx(folder / "a", digits())
+    write_idx(folder / "b", digits())
+    file = write_zip(tmp_path / "archive.zip", folder)
+    with pytest.raises(DataError, match=r"several data sets: .*a, .*b; unpack it and pass one"):
+        read(file)
+
+
+def test_a_damaged_file_in_a_zip_is_named_with_the_zip(tmp_path: Path) -> None:
+    folder = write_idx(tmp_path / "unpacked", digits())
+    (folder / "train-labels-idx1-ubyte").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    file = write_zip(tmp_path / "archive.zip", folder)
+    with pytest.raises(DataError, match=r"archive\.zip/train-labels-idx1-ubyte: is a Git LFS"):
+        read(file)
+
+
+def test_full_mnist_transposed_as_in_emnist_is_bitwise_the_same(
+    full_mnist: Path, full_sets: list[Dataset], tmp_path: Path
+) -> None:
+    train, validation, test = full_sets[1].splits
+    images = torch.cat([train.images, validation.images]).numpy().reshape(-1, 28, 28)
+    labels = torch.cat([train.labels, validation.labels]).numpy()
+    whole = Digits(
+        (images, labels.astype(np.uint8)),
+        (test.images.numpy().reshape(-1, 28, 28), test.labels.numpy().astype(np.uint8)),
+    )
+    emnist = write_named(tmp_path, whole, "emnist-mnist-{part}-{kind}-ubyte", transpose=True)
+    assert read(emnist).fingerprint == MNIST_SHA256

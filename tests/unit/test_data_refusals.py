@@ -1,6 +1,7 @@
 """What cannot be read is refused in one line that names it; nothing in it is ever run."""
 
 import copyreg
+import gzip
 import os
 import pickle
 import struct
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from data_files import (
     assert_one_line,
     blank,
@@ -172,22 +174,21 @@ def arrays(change: Callable[[np.ndarray, np.ndarray], Any]) -> bytes:
 
 
 WRONG_PICKLES = {
-    "two splits": (pickle.dumps(floats(MADE)[:2]), "three splits"),
+    "four splits": (pickle.dumps(floats(MADE) + floats(MADE)[:1]), "three splits"),
     "no splits": (pickle.dumps(None), "three splits"),
     "bare images": (arrays(lambda x, y: x), "three splits"),
     "lists": (arrays(lambda x, y: ([1], [1])), "(images, labels) arrays"),
-    "pixels of byte/255": (arrays(lambda x, y: (x * 256 / 255, y)), "not byte/256"),
+    "pixels of byte/255": (arrays(lambda x, y: (x * 256 / 255, y)), "they are byte/255; multiply"),
     "pixels above 255/256": (arrays(lambda x, y: (x + 1, y)), "not byte/256"),
     "negative pixels": (arrays(lambda x, y: (-x, y)), "not byte/256"),
     "pixels that are no number": (arrays(lambda x, y: (x * np.nan, y)), "not byte/256"),
     "infinite pixels": (arrays(lambda x, y: (x + np.inf, y)), "not byte/256"),
     "pixels too large to scale": (arrays(lambda x, y: (x + 3e38, y)), "not byte/256"),
-    "pixels as bytes": (arrays(lambda x, y: ((x * 256).astype("u1"), y)), "uint8, not floats"),
     "a pixel": (arrays(lambda x, y: (x[0, 0], y)), "asks for numpy"),
     "small images": (arrays(lambda x, y: (x[:, :100], y)), "shape (10, 100)"),
     "labels of 10": (arrays(lambda x, y: (x, y * 0 + 10)), "from 10 to 10, not 0 to 9"),
     "labels of -1": (arrays(lambda x, y: (x, y * 0 - 1)), "from -1 to -1, not 0 to 9"),
-    "labels as floats": (arrays(lambda x, y: (x, y.astype("f4"))), "labels are float32"),
+    "labels with fractions": (arrays(lambda x, y: (x, y * 0.9)), "labels are float64 with"),
     "one-hot labels": (arrays(lambda x, y: (x, np.eye(10, dtype=int)[y])), "not integers (N,)"),
     "fewer labels": (arrays(lambda x, y: (x, y[1:])), "10 images but 9 labels"),
     "fewer images": (arrays(lambda x, y: (x[1:], y)), "9 images but 10 labels"),
@@ -231,7 +232,30 @@ def test_a_gzip_with_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
 
 
 IMAGES = MADE.train[0]
+
+
+def little_endian(content: bytes, rank: int) -> bytes:
+    """An IDX file whose sizes are in the wrong byte order."""
+    sizes = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank])
+    return content[:4] + struct.pack(f"<{rank}I", *sizes) + content[4 + 4 * rank :]
+
+
 WRONG_IDX = {
+    "of sizes in the wrong order": (
+        "train-images-idx3-ubyte",
+        little_endian(idx_bytes(IMAGES), 3),
+        "has its sizes in the wrong byte order; write its numbers big-endian",
+    ),
+    "of a magic number in the wrong order": (
+        "t10k-labels-idx1-ubyte",
+        b"\1\x08\0\0" + idx_bytes(MADE.test[1])[4:],
+        "is an IDX file in the wrong byte order; write its numbers big-endian",
+    ),
+    "of images of the other set's labels": (
+        "t10k-labels-idx1-ubyte",
+        idx_bytes(MADE.test[0]),
+        "00000803, expected 00000801 for this IDX file; give each of the four files the name",
+    ),
     "of labels": ("train-images-idx3-ubyte", idx_bytes(MADE.train[1]), "00000801"),
     "of random bytes": ("t10k-images-idx3-ubyte", b"hello world", "68656c6c"),
     "empty": ("train-labels-idx1-ubyte", b"", "cut short"),
@@ -277,16 +301,31 @@ def test_too_few_images_to_hold_out_a_sixth_are_refused(tmp_path: Path) -> None:
 
 
 WRONG_NPZ: dict[str, tuple[dict[str, Any], str]] = {
-    "floats": ({"x_train": IMAGES / np.float32(256)}, "x_train.npy holds float32"),
-    "wide integers": ({"x_train": IMAGES.astype("i4")}, "int32, not uint8"),
+    "normalized floats": ({"x_train": IMAGES / np.float32(128) - 1}, "they run from -1 to 0.99"),
+    "integers above 255": ({"x_train": IMAGES.astype("i4") + 1}, "they run from 1 to 256"),
+    "truth values": ({"x_train": IMAGES > 0}, "holds bool, not numbers"),
     "objects": ({"y_train": MADE.train[1].astype(object)}, "holds object"),
-    "strings": ({"y_test": MADE.test[1].astype(str)}, "not integers"),
-    "records": ({"y_test": np.zeros(10, "u1,u1")}, "not integers"),
+    "strings": ({"y_test": MADE.test[1].astype(str)}, "not numbers"),
+    "records": ({"y_test": np.zeros(10, "u1,u1")}, "not numbers"),
     "no samples": ({"x_test": IMAGES[:0]}, "shape (0, 28, 28)"),
     "one image": ({"x_test": IMAGES[0]}, "shape (28, 28)"),
     "a number": ({"x_test": np.uint8(3)}, "shape ()"),
     "labels of 200": ({"y_test": MADE.test[1] + np.uint8(200)}, "not 0 to 9"),
-    "one-hot labels": ({"y_test": np.eye(10, dtype="u1")}, "not integers (N,)"),
+    "one-hot labels": ({"y_test": np.eye(10, dtype="u1")}, "are one-hot (10, 10)"),
+    "letters": ({"y_train": np.arange(60) % 26 + 1}, "run from 1 to 26, not 0 to 9: they are let"),
+    "labels in the wrong order": (
+        {"y_train": MADE.train[1].astype(">i4").view("<i4")},
+        "they are in the wrong byte order",
+    ),
+    "pixels in the wrong order": (
+        {"x_test": MADE.test[0].astype(">i2").view("<i2")},
+        "they are in the wrong byte order; call images.byteswap()",
+    ),
+    "samples last": ({"x_test": MADE.test[0].transpose(1, 2, 0)}, "move its last axis"),
+    "colour": ({"x_test": MADE.test[0][..., None].repeat(3, 3)}, "convert the images to grey"),
+    "larger images": ({"x_test": np.zeros((10, 32, 32), "u1")}, "bring the images to 28 x 28"),
+    "ink of 1": ({"x_train": IMAGES // 128}, "no pixel above 1: they are binarized, or divided"),
+    "ink of 1.0": ({"x_train": IMAGES // 128 * 1.0}, "no pixel above 1: they are binarized"),
     "fewer labels": ({"y_test": MADE.test[1][1:]}, "10 images but 9 labels"),
 }
 
@@ -344,8 +383,55 @@ def test_a_directory_with_a_pickle_says_what_to_pass_instead(tmp_path: Path) -> 
     refusal(file.parent, f"pass --data {file}")
 
 
+# The first bytes of what people pass by mistake, what it is called, and what helps.
+OTHER_FILES: dict[str, tuple[bytes, str, str]] = {
+    "a Git LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11490434\n",
+        "is a Git LFS pointer",
+        "run `git lfs pull`",
+    ),
+    "an HTML page": (b"\n <!DOCTYPE HTML>\n<html>", "is an HTML page", "by its direct link"),
+    "an HTML page with a mark": (b"\xef\xbb\xbf<html lang='en'>", "is an HTML page", "direct link"),
+    "an error of an object store": (b"<?xml version='1.0'?><Error>", "an XML doc", "direct link"),
+    "an answer of an API": (b'{"message": "Not Found"}', "is JSON", "by its direct link"),
+    "gzip in gzip": (gzip.compress(pickled(MADE)), "gzip in gzip", "with gunzip"),
+    "a tar archive": (b"mnist/".ljust(257, b"\0") + b"ustar\x0000", "a tar archive", "unpack it"),
+    "xz": (b"\xfd7zXZ\0\0\4", "is an xz file", "unpack it"),
+    "bzip2": (b"BZh91AY&SY", "is a bzip2 file", "unpack it"),
+    "a .npy": (b"\x93NUMPY\1\0v\0{'descr'", "is a single NumPy array", "numpy.savez"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n\0", "is an HDF5 file", "numpy.savez"),
+    "MATLAB": (b"MATLAB 5.0 MAT-file, Platform: GLNX", "is a MATLAB file", "numpy.savez"),
+    "Parquet": (b"PAR1\x15\4", "is a Parquet file", "numpy.savez"),
+    "a picture": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is a PNG image", "numpy.savez"),
+    "zeros": (bytes(2000), "starts with zeros", "copy or download it again"),
+}
+
+
+@pytest.mark.parametrize(("content", "kind", "remedy"), OTHER_FILES.values(), ids=OTHER_FILES)
+def test_another_kind_of_file_is_called_what_it_is_wherever_it_is_met(
+    content: bytes, kind: str, remedy: str, tmp_path: Path
+) -> None:
+    for name in ("mnist.pkl.gz", "mnist.pkl", "mnist.npz"):
+        (tmp_path / name).write_bytes(gzip.compress(content) if "gzip in" in kind else content)
+        refusal(tmp_path / name, kind, remedy)
+    directory = write_idx(tmp_path / "idx", MADE)
+    file = write_bytes(directory / "train-labels-idx1-ubyte.gz", content)
+    (directory / "train-labels-idx1-ubyte").unlink()
+    assert str(file) in refusal(directory, kind, remedy)
+
+
+def test_a_text_file_is_called_so(tmp_path: Path) -> None:
+    file = write_bytes(tmp_path / "train.csv", b"label,pixel0,pixel1\r\n5,0,0\r\n")
+    refusal(file, "is a text file", "numpy.savez")
+
+
+def test_a_file_of_pytorch_is_called_so(tmp_path: Path) -> None:
+    torch.save(torch.zeros(3), tmp_path / "training.pt")
+    refusal(tmp_path / "training.pt", "is a PyTorch file", "numpy.savez")
+
+
 def test_one_idx_file_says_to_pass_the_directory(tmp_path: Path) -> None:
-    file = write_idx(tmp_path / "idx", MADE, ".gz") / "train-images-idx3-ubyte.gz"
+    file = write_idx(tmp_path / "idx", MADE, ".gz") / "t10k-images-idx3-ubyte.gz"
     refusal(file, "pass the directory")
 
 
@@ -357,8 +443,8 @@ def test_a_directory_with_several_data_sets_asks_for_one(tmp_path: Path) -> None
 
 def test_a_device_or_a_pipe_is_refused_without_reading_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    refusal(tmp_path / "pipe", "neither a file nor a directory")
-    refusal(Path("/dev/zero"), "neither a file nor a directory")
+    refusal(tmp_path / "pipe", "Not a regular file but a FIFO")
+    refusal(Path("/dev/zero"), "Not a regular file but a device")
 
 
 def test_a_path_that_cannot_be_a_path_is_refused(tmp_path: Path) -> None:
@@ -366,7 +452,8 @@ def test_a_path_that_cannot_be_a_path_is_refused(tmp_path: Path) -> None:
     write_bytes(tmp_path / "file", b"")
     refusal(tmp_path / "file" / "below")
     refusal(Path("~nobody-of-this-name/mnist.npz"))
-    refusal(Path("a\0b"))
+    with pytest.raises(DataError, match=r"a\\x00b: "):
+        read("a\0b")
 
 
 def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
