@@ -1,10 +1,18 @@
 """Files that are replaced whole or not at all, and directories that survive power loss."""
 
+import contextlib
+import errno
 import os
+import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
+from mnist_dist.files import create_new
+
 TEMPORARY_SUFFIX = ".partial"
+# What file systems answer that cannot flush a directory: CIFS, VirtualBox, sshfs and other FUSE.
+_CANNOT_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def write_atomically(
@@ -13,7 +21,8 @@ def write_atomically(
     """Replace `path` by `content`, or leave it as it was; after the return it survives power loss.
 
     The temporary file is in the same directory, since a rename is atomic only within one file
-    system, and the directory is flushed too, since the rename itself lives there.
+    system, and the directory is flushed too, since the rename itself lives there. Its name is new:
+    whatever has the name of an earlier one is neither followed nor written into.
 
     Args:
         path: where to; its directory exists.
@@ -22,29 +31,24 @@ def write_atomically(
             caller, and nothing is left behind.
 
     Raises:
-        OSError: the disk is full or the directory cannot be written; nothing is left behind.
+        OSError: the disk is full or the directory cannot be written; nothing is left behind. It
+            names `path`.
     """
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    temporary = path.with_name(f".{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
     try:
-        with temporary.open("wb") as file:
+        with create_new(temporary) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         check(temporary)
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in the directory `path` survive power loss: created, renamed or deleted."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def make_directory(path: Path) -> None:
@@ -54,3 +58,51 @@ def make_directory(path: Path) -> None:
     # Those of `path` even if it existed: a killed process may have created it just before.
     for directory in missing:
         sync_directory(directory.parent)
+
+
+def sweep_temporary(directory: Path) -> None:
+    """Delete the temporary files of `write_atomically` that killed processes left."""
+    for stray in directory.glob(f".*{TEMPORARY_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            stray.unlink()
+
+
+def sync_directory(path: Path) -> bool:
+    """Make the names in the directory `path` survive power loss: created, renamed or deleted.
+
+    Returns:
+        Whether its file system can do that at all.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    """Write `content` over a file in the disk space that it has already, for a disk that is full.
+
+    Not atomic: a kill in between leaves a mixture.
+
+    Raises:
+        OSError: there is no such file, it has not that much space, or it cannot be written.
+    """
+    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            raise OSError(errno.EINVAL, "Not a file of its own", str(path))
+        if len(content) > max(status.st_size, status.st_blocks * 512):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        os.pwrite(descriptor, content, 0)
+        os.ftruncate(descriptor, len(content))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

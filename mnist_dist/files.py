@@ -38,8 +38,9 @@ def read_regular(path: Path, limit: int) -> bytes:
         OSError: as `open_regular`, it cannot be read, or it is larger than `limit`.
     """
     with open_regular(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        is_larger = os.fstat(file.fileno()).st_size > limit  # before memory is spent on it
+        content = b"" if is_larger else file.read(limit + 1)
+    if is_larger or len(content) > limit:
         raise OSError(errno.EFBIG, f"File larger than {limit:,} bytes", str(path))
     return content
 

@@ -82,7 +82,9 @@ class Job:
                 run.open()
             first_on_node = world.launch.local_rank == 0
             return (
-                run.checkpoints.load_latest(world.is_main_process) if first_on_node else (None, [])
+                run.checkpoints.load_latest(state.find_fault, world.is_main_process)
+                if first_on_node
+                else (None, [])
             )
 
         saved, damaged = world.run_on_all(find)
@@ -161,7 +163,7 @@ class Job:
         """After one or more steps: exchange stop, checkpoint and NaN flags if it is time to.
 
         Raises:
-            JobError: a loss was not finite.
+            JobError: a loss was not finite, or the run directory is no longer this job's.
             Preempted: a rank was asked to stop; the state is on disk.
         """
         every = self.config.checkpoint_every_steps
@@ -169,21 +171,22 @@ class Job:
         sync.launched()
         if sync.should_sync(steps) or save_now:
             sync.wait_for_device()
-            result = sync.sync(state.drain_losses())
-            _check_finite(state, result)
+            result = sync.sync(state.drain_losses(), lost_run=not self.run.is_held)
+            self._check(state, result)
             self._save_or_stop(state, sync, result, save_now)
 
     def sync_epoch(self, state: TrainState, sync: RankSync) -> float:
         """After an epoch's last step: the same, and compare weights; return the mean training loss.
 
         Raises:
-            JobError: a loss was not finite, or the weights of a rank have diverged.
+            JobError: a loss was not finite, the weights of a rank have diverged, or the run
+                directory is no longer this job's.
             Preempted: a rank was asked to stop; the state is on disk.
         """
         sync.wait_for_device()
         bad_step = state.drain_losses()
-        result = sync.sync(bad_step, state.sync_payload(self.world))
-        _check_finite(state, result)
+        result = sync.sync(bad_step, state.sync_payload(self.world), not self.run.is_held)
+        self._check(state, result)
         loss_sum, diverged = state.finish_sync(result.payloads)
         if diverged:
             raise JobError(
@@ -193,6 +196,17 @@ class Job:
             )
         self._save_or_stop(state, sync, result, save_now=False)
         return loss_sum / self.sharding.samples
+
+    def _check(self, state: TrainState, result: SyncResult) -> None:
+        """Raise JobError on all ranks if one has found that the run cannot go on."""
+        if result.bad_rank is not None:
+            raise JobError(
+                f"the loss at step {result.bad_step} (epoch {state.epoch + 1}) on rank "
+                f"{result.bad_rank} is not finite; nothing was saved after it: check the data, or "
+                "lower --lr and start in another --run-dir"
+            )
+        if result.lost_run:
+            self.world.on_main(self.run.check_held)
 
     def _save_or_stop(
         self, state: TrainState, sync: RankSync, result: SyncResult, save_now: bool
@@ -304,12 +318,3 @@ def _load_data(config: TrainConfig, world: World, console: Console) -> Dataset:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' if count != 1 else ''}"
-
-
-def _check_finite(state: TrainState, result: SyncResult) -> None:
-    if result.bad_rank is not None:
-        raise JobError(
-            f"the loss at step {result.bad_step} (epoch {state.epoch + 1}) on rank "
-            f"{result.bad_rank} is not finite; nothing was saved after it: check the data, or "
-            "lower --lr and start in another --run-dir"
-        )

@@ -1,7 +1,6 @@
 """`mnist-dist runs`: a table of runs. Does not import torch, which takes seconds."""
 
 import contextlib
-import fcntl
 import json
 import math
 import socket
@@ -11,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist.errors import UserError
+from mnist_dist.files import read_regular
 from mnist_dist.flags import argument, flag, parse_flags
+from mnist_dist.lock import is_held
+
+_LARGEST_FILE = 1 << 28  # bytes; a million epochs of metrics
 
 
 @dataclass(frozen=True)
@@ -109,13 +112,7 @@ def _is_gone(path: Path, environment: Mapping[str, Any]) -> bool:
     """
     if environment.get("host") != socket.gethostname():
         return False
-    with contextlib.suppress(OSError), (path / ".lock").open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-    return False
+    return is_held(path / ".lock") is False
 
 
 def _data(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str | None:
@@ -135,15 +132,15 @@ def _data(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str | No
 def _read(file: Path) -> Mapping[str, Any]:
     """Return the JSON object in `file`, or an empty one."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        content = json.loads(file.read_text())
+        content = json.loads(read_regular(file, _LARGEST_FILE))
         return content if isinstance(content, dict) else {}
     return {}
 
 
 def _records(file: Path) -> Iterator[Mapping[str, Any]]:
     """Yield the JSON objects in a file of lines; other lines are skipped."""
-    with contextlib.suppress(OSError), file.open(errors="replace") as lines:
-        for line in lines:
+    with contextlib.suppress(OSError):
+        for line in read_regular(file, _LARGEST_FILE).splitlines():
             with contextlib.suppress(ValueError, RecursionError):
                 content = json.loads(line)
                 if isinstance(content, dict):

@@ -19,7 +19,7 @@ _SAME_REQUEST_S = 2.0
 # Seconds between two syncs, and so until a stop is noticed. A sync costs a few ms, none at W = 1.
 _PERIOD_S = 1.0
 _PERIOD_SINGLE_S = 0.1
-_HEADER_BYTES = 4 * 8
+_HEADER_BYTES = 5 * 8
 # How long a rank that was asked to stop still waits for its GPU: launchers kill 30 s later.
 _GRACE_S = 5.0
 
@@ -71,6 +71,8 @@ class SyncResult:
     """The rank with the earliest loss that was not finite, None if all were."""
     bad_step: int
     """The step of that loss, 0 if there is none."""
+    lost_run: bool
+    """Rank 0 may no longer write into the run's directory."""
     payloads: list[Tensor]
     """Each rank's payload, in rank order."""
 
@@ -139,34 +141,39 @@ class RankSync:
         if stopped or self._failed_peer.is_set():
             raise ConnectionError(f"Timed out after {seconds:.0f} s waiting for the GPU")
 
-    def sync(self, bad_step: int | None, payload: Tensor | None = None) -> SyncResult:
+    def sync(
+        self, bad_step: int | None, payload: Tensor | None = None, lost_run: bool = False
+    ) -> SyncResult:
         """Exchange flags. Every rank must call this after the same step.
 
         Args:
             bad_step: the first step at which this rank's loss was not finite, None if all were.
             payload: (n,) uint8, the same length on every rank, to travel in the same collective.
+            lost_run: this rank may no longer write into the run's directory.
         """
         now = time.monotonic()
         timer = self._save_every_seconds
         save_due = timer is not None and now - self._saved >= timer
         step_seconds = (now - self._synced) / max(1, self._steps)
         bad = float("inf") if bad_step is None else float(bad_step)
-        message = as_bytes([float(self._stop.signal), step_seconds, float(save_due), bad])
+        flags = [float(self._stop.signal), step_seconds, float(save_due), float(lost_run), bad]
+        message = as_bytes(flags)
         if payload is not None:
             message = torch.cat([message, payload])
         messages = self._world.gather_tensors(message)
         headers = [as_numbers(m[:_HEADER_BYTES]) for m in messages]
-        stop, slowest, save, _ = (max(column) for column in zip(*headers, strict=True))
+        stop, slowest, save, lost, _ = (max(column) for column in zip(*headers, strict=True))
         period = _PERIOD_S if self._world.world_size > 1 else _PERIOD_SINGLE_S
         self._steps_until_next = max(1, min(round(period / max(slowest, 1e-6)), 100_000))
         self._steps, self._synced = 0, now
-        bad_steps = [header[3] for header in headers]
+        bad_steps = [header[4] for header in headers]
         first = min(bad_steps)
         return SyncResult(
             stop=signal.Signals(int(stop)).name if stop else None,
             save=bool(save),
             bad_rank=bad_steps.index(first) if first < float("inf") else None,
             bad_step=int(first) if first < float("inf") else 0,
+            lost_run=bool(lost),
             payloads=[m[_HEADER_BYTES:] for m in messages],
         )
 

@@ -8,41 +8,57 @@ that replaces another knows both.
 Files are written by a thread, in order: training waits for the serialization only.
 """
 
+import contextlib
+import errno
 import hashlib
 import io
 import json
+import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mnist_dist.atomic import TEMPORARY_SUFFIX, make_directory, write_atomically
+from mnist_dist.atomic import make_directory, sweep_temporary, write_atomically
 from mnist_dist.errors import UserError
+from mnist_dist.files import read_regular
 
+# Bytes; a file of this project's model has 0.6 MB with its optimizer, a sidecar 500 bytes.
+_LARGEST_FILE = 1 << 32
+_LARGEST_SIDECAR = 1 << 20
+# Errors that show that a file is missing or none at all. Others, such as a permission or a network
+# disk that is away, are no proof of damage.
+_NO_FILE = {errno.ENOENT, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EFBIG}
 _STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
+
+
+class UnreadableError(UserError):
+    """A file cannot be read now, and may be sound."""
 
 
 class CheckpointStore:
     """The checkpoints of one run. Every rank may name it; only rank 0 opens, reads and writes."""
 
     def __init__(
-        self, directory: Path, keep: int, sync_metrics: Callable[[], None] = lambda: None
+        self, directory: Path, keep: int, prepare: Callable[[], None] = lambda: None
     ) -> None:
         """Name the directory, and how many of the newest checkpoints to keep with the best.
 
         Args:
             directory: created by `open`.
             keep: number of the newest checkpoints to keep.
-            sync_metrics: called before each write, from the writing thread: whatever a checkpoint
-                makes a resume skip must be on disk before it. May raise OSError.
+            prepare: called before each write, from the writing thread. May raise OSError instead
+                of the write.
         """
         self.directory = directory
         self.keep = keep
-        self._sync_metrics = sync_metrics
+        self._prepare = prepare
+        self._unreadable: set[Path] = set()
+        """Newer than the state of the run, so that they do not count as its checkpoints."""
         self._writer = ThreadPoolExecutor(1, "checkpoint-writer")
         self._pending: list[Future[None]] = []
         # Content and sidecar of the files that the disk did not take yet, "best" before "step_N".
@@ -51,12 +67,15 @@ class CheckpointStore:
 
     def open(self) -> None:
         """Make the directory; sweep temporary files and sidecars that a killed writer left."""
+        if os.path.lexists(self.directory) and not self.directory.is_dir():
+            fault = os.strerror(errno.ENOTDIR)
+            raise NotADirectoryError(errno.ENOTDIR, fault, str(self.directory))
         make_directory(self.directory)
-        for stray in self.directory.glob(f".*{TEMPORARY_SUFFIX}"):
-            stray.unlink(missing_ok=True)
+        sweep_temporary(self.directory)
         for sidecar in self.directory.glob("*.json"):
-            if not sidecar.with_suffix(".pt").exists():
-                sidecar.unlink(missing_ok=True)
+            if not os.path.lexists(sidecar.with_suffix(".pt")):
+                with contextlib.suppress(OSError):
+                    sidecar.unlink()
 
     def save(
         self,
@@ -116,7 +135,7 @@ class CheckpointStore:
             waiting = {name: waiting[name] for name in waiting if name == "best"}
         waiting = waiting | files
         self._unwritten = {name: waiting[name] for name in sorted(waiting)}
-        self._sync_metrics()
+        self._prepare()
         # The best first: no checkpoint may know of a best epoch that is not in best.pt.
         for name, (content, sidecar) in list(self._unwritten.items()):
             self._write(name, content, sidecar)
@@ -124,30 +143,43 @@ class CheckpointStore:
         if afterwards is not None:
             afterwards()
 
-    def load_latest(self, set_aside: bool = True) -> tuple[dict[str, Any] | None, list[str]]:
-        """The newest sound checkpoint (None in a new run) and what was found damaged on the way.
+    def load_latest(
+        self, find_fault: Callable[[Any], str | None] = lambda state: None, set_aside: bool = True
+    ) -> tuple[dict[str, Any] | None, list[str]]:
+        """The newest sound checkpoint (None in a new run) and why newer ones were passed over.
 
         Args:
+            find_fault: given what a file holds, describes why it cannot be used, None if it can.
             set_aside: rename newer, damaged files to `<name>.damaged`, so that they are neither
-                tried nor counted again.
+                tried nor counted again. Those that cannot be read now stay as they are.
 
         Raises:
-            UserError: there are checkpoints, and all are damaged; they stay as they are, so that
+            UserError: there are checkpoints, and none can be used; they stay as they are, so that
                 the next start is no silent fresh one.
         """
-        damaged: dict[Path, str] = {}
-        for path in self._steps():
+        passed_over: dict[Path, UserError] = {}
+        with _naming_file():
+            paths = self._steps()
+        for path in paths:
             try:
                 state = load_checkpoint(path)
+                step = state.get("step") if isinstance(state, dict) else None
+                fault = find_fault(state) or (step != _step(path) and f"it is of step {step}")
+                if fault:
+                    raise UserError(f"{path}: not what its name and sidecar claim: {fault}")
             except UserError as error:
-                damaged[path] = str(error)
+                passed_over[path] = error
                 continue
-            for newer in damaged if set_aside else ():
-                newer.replace(newer.with_name(newer.name + ".damaged"))
-            return state, list(damaged.values())
-        if damaged:
+            for newer, reason in passed_over.items():
+                if isinstance(reason, UnreadableError):
+                    self._unreadable.add(newer)
+                elif set_aside:
+                    _set_aside(newer)
+            return state, list(map(str, passed_over.values()))
+        if passed_over:
             raise UserError(
-                f"--run-dir: every checkpoint is damaged ({'; '.join(damaged.values())}); "
+                "--run-dir: every checkpoint is damaged or unreadable "
+                f"({'; '.join(map(str, passed_over.values()))}); "
                 "give another --run-dir to start afresh"
             )
         return None, []
@@ -171,21 +203,23 @@ class CheckpointStore:
 
     @property
     def newest_step(self) -> int | None:
-        """The step of the newest checkpoint on disk; None if there is none."""
-        steps = self._steps()
-        return int(steps[0].stem.removeprefix("step_")) if steps else None
+        """The step of the newest checkpoint on disk; None if none can be found."""
+        with contextlib.suppress(OSError):
+            return next(map(_step, self._steps()), None)
+        return None
 
     def _steps(self) -> list[Path]:
+        """The checkpoints by step, the newest first, without those that were passed over."""
         if not self.directory.is_dir():
             return []
-        found = {p: _STEP_FILE.fullmatch(p.name) for p in self.directory.iterdir()}
-        return sorted((p for p, m in found.items() if m), key=lambda p: p.name, reverse=True)
+        found = {p for p in self.directory.iterdir() if _STEP_FILE.fullmatch(p.name)}
+        return sorted(found - self._unreadable, key=_step, reverse=True)
 
     def _write(self, name: str, content: bytes, facts: Mapping[str, Any]) -> None:
         digest = hashlib.sha256(content).hexdigest()
         path = self.directory / f"{name}.pt"
         sidecar = {**facts, "bytes": len(content), "sha256": digest, "replaces": _digest_of(path)}
-        self.directory.mkdir(parents=True, exist_ok=True)  # somebody may have deleted the run
+        self.directory.mkdir(exist_ok=True)  # it alone may have been deleted
         write_atomically(path.with_suffix(".json"), json.dumps(sidecar, indent=2).encode())
         try:
             write_atomically(path, content)
@@ -193,6 +227,7 @@ class CheckpointStore:
             if not path.exists():  # the sidecar of nothing
                 path.with_suffix(".json").unlink(missing_ok=True)
             raise
+        self._unreadable.discard(path)
         for old in self._steps()[self.keep :]:
             old.unlink(missing_ok=True)
             old.with_suffix(".json").unlink(missing_ok=True)
@@ -215,22 +250,46 @@ def _digest_of(path: Path) -> str | None:
         return None
 
 
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a checkpoint and its sidecar, whatever they are: a save may need their names."""
+    for file in (path, path.with_suffix(".json")):
+        with contextlib.suppress(OSError):
+            file.replace(file.with_name(file.name + ".damaged"))
+
+
 def _sound_content(path: Path, needs_sidecar: bool = True) -> bytes:
     """The bytes of a checkpoint, once they are what its sidecar says. Raises UserError if not."""
-    try:
-        content = path.read_bytes()
-        if not needs_sidecar and not path.with_suffix(".json").exists():
+    sidecar_path = path.with_suffix(".json")
+    with _naming_file():
+        content = read_regular(path, _LARGEST_FILE)
+        if not needs_sidecar and not os.path.lexists(sidecar_path):
             return content
-        sidecar = json.loads(path.with_suffix(".json").read_text())
+        text = read_regular(sidecar_path, _LARGEST_SIDECAR)
+    try:
+        sidecar = json.loads(text)
         # A writer that died between the two files of a replacement left the old one, still sound.
         expected = (sidecar["sha256"], sidecar.get("replaces"))
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path.with_suffix('.json')}: not a checkpoint's sidecar") from error
+        if not isinstance(sidecar["sha256"], str):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{sidecar_path}: not a checkpoint's sidecar") from error
     if hashlib.sha256(content).hexdigest() not in expected:
         raise UserError(f"{path}: its content is not what was saved (SHA-256 differs)")
     return content
+
+
+@contextlib.contextmanager
+def _naming_file() -> Iterator[None]:
+    """Raise an OSError in the block as a UserError, or UnreadableError, that names the file."""
+    try:
+        yield
+    except OSError as error:
+        kind = UserError if error.errno in _NO_FILE else UnreadableError
+        raise kind(f"{error.filename}: {error.strerror}") from error
 
 
 def load_checkpoint(path: Path, needs_sidecar: bool = True) -> Any:

@@ -1,6 +1,7 @@
 """The directory of one run: found or created, locked, and everything that is written into it."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -11,17 +12,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
-from mnist_dist.atomic import make_directory, write_atomically
+from mnist_dist.atomic import (
+    make_directory,
+    overwrite,
+    sweep_temporary,
+    sync_directory,
+    write_atomically,
+)
 from mnist_dist.distributed.failures import PeerLostError
 from mnist_dist.errors import JobError, ReportedError, UserError
+from mnist_dist.files import read_regular
+from mnist_dist.lock import FileLock, LockHeldError, LockLostError
 from mnist_dist.run.checkpoint import CheckpointStore
 from mnist_dist.run.environment import environment_facts
 from mnist_dist.run.metrics import MetricsWriter
 from mnist_dist.run.state import TrainState
 
 Status = Literal["running", "completed", "preempted", "failed"]
+_LARGEST_STATUS = 1 << 20  # bytes
+_LOCK_WAIT_S = 10.0
 
 
 class RunDirectory:
@@ -37,11 +46,13 @@ class RunDirectory:
         """
         self.path = path
         self.writer = MetricsWriter(path, warn)
-        self.checkpoints = CheckpointStore(path / "checkpoints", keep_checkpoints, self.writer.sync)
         self.state: TrainState | None = None
         """The state of the run, once it has started here."""
         self._warn = warn
-        self._lock: FileLock | None = None
+        self._lock = FileLock(path / ".lock")
+        self.checkpoints = CheckpointStore(
+            path / "checkpoints", keep_checkpoints, self._before_checkpoints
+        )
 
     def __str__(self) -> str:
         """Return the path as a user would type it: relative if below the current directory."""
@@ -64,14 +75,47 @@ class RunDirectory:
                     f"--run-dir {self.path}: holds a config.json but no status.json that can be "
                     "read, so it is not a run's; name another"
                 )
-            self._lock = _lock(self.path)
+            self._lock.acquire(_LOCK_WAIT_S, self._warn)
+            self.checkpoints.open()
+            sweep_temporary(self.path)
+            if not sync_directory(self.path):
+                self._warn(
+                    f"{self}: its file system cannot flush directories; after a power loss the "
+                    "newest checkpoint may be missing, and the one before it continues the run"
+                )
+        except LockHeldError as error:
+            raise UserError(
+                f"--run-dir {self.path}: another job is writing there ({error}); wait until it "
+                "ends, stop it, or name another directory"
+            ) from error
         except OSError as error:
-            is_file = self.path.exists() and not self.path.is_dir()
-            reason = "is a file" if is_file else error.strerror
+            reason = "is a file" if self.path.is_file() else _reason(error)
             raise UserError(
                 f"--run-dir {self.path}: {reason}; name a directory that can be written"
             ) from error
-        self.checkpoints.open()
+        if self._lock.missing is not None:
+            self._warn(
+                f"{self}: its file system has no locks ({self._lock.missing}); start no second job "
+                "there while this one runs: each would overwrite the other's files"
+            )
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the directory is still the one that was opened; True if this rank did not."""
+        try:
+            self.check_held()
+        except JobError:
+            return False
+        return True
+
+    def check_held(self) -> None:
+        """Check, on rank 0, that the directory is still the one that was opened.
+
+        Raises:
+            JobError: it was moved, deleted or replaced, so that another job may be writing there.
+        """
+        with self._failing():
+            self._lock.check()
 
     @property
     def status(self) -> str | None:
@@ -183,7 +227,18 @@ class RunDirectory:
         with contextlib.suppress(OSError):
             self.checkpoints.flush()
         with contextlib.suppress(OSError):
-            self._write_status(status, self.state.epoch, self.state.step, reason, resumable)
+            arguments = (status, self.state.epoch, self.state.step, reason, resumable)
+            try:
+                self._write_status(*arguments)
+            except LockLostError:
+                raise
+            except OSError:  # no room for a new file: a launcher must not requeue a full disk
+                overwrite(self.path / "status.json", _json(self._status(*arguments)))
+
+    def _before_checkpoints(self) -> None:
+        """Check that they would be written into this run, whose metrics must be on disk first."""
+        self._lock.check()
+        self.writer.sync()
 
     def _write_status(
         self, status: Status, epoch: int, step: int, reason: str, resumable: bool = True
@@ -198,24 +253,30 @@ class RunDirectory:
             resumable: the same command may get further without anything being fixed first; launch
                 scripts requeue by it.
         """
+        self._write_json("status.json", self._status(status, epoch, step, reason, resumable))
+
+    def _status(
+        self, status: Status, epoch: int, step: int, reason: str, resumable: bool
+    ) -> dict[str, Any]:
         saved_step = self.checkpoints.newest_step
-        content: dict[str, Any] = {
-            "status": status,
-            "epoch": epoch,
-            "step": step,
-            "saved_step": saved_step,
-        }
-        content |= {"resumable": resumable, "reason": reason, "time": time.time()}
-        self._write_json("status.json", content)
+        content = {"status": status, "epoch": epoch, "step": step, "saved_step": saved_step}
+        return content | {"resumable": resumable, "reason": reason, "time": time.time()}
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+        self._lock.check()
+        write_atomically(self.path / name, _json(content))
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
         """Raise an OSError in the block as a JobError."""
         try:
             yield
+        except LockLostError as error:
+            raise JobError(
+                f"{self}: {error.strerror} while the job ran, and another job may be writing "
+                "there, so this one ends without writing anything more; start it again with "
+                "--run-dir and the place where the run is now"
+            ) from error
         except OSError as error:
             intact = self.checkpoints.newest_step is not None
             kept = "; the checkpoints in it are intact" if intact else ""
@@ -225,8 +286,17 @@ class RunDirectory:
             ) from error
 
 
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
 def _reason(error: OSError) -> str:
-    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror or str(error)
+    reason, file = error.strerror or str(error), error.filename
+    with contextlib.suppress(OSError, TypeError):
+        disk = os.statvfs(Path(file).parent)
+        if error.errno == errno.ENOSPC and disk.f_files and not disk.f_favail:
+            reason += ", no free inodes (df -i)"
+    return f"{reason}: {file}" if file else reason
 
 
 def read_status(path: Path) -> str | None:
@@ -236,8 +306,8 @@ def read_status(path: Path) -> str | None:
 
 
 def _read_status_file(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        status = json.loads((path / "status.json").read_text())
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        status = json.loads(read_regular(path / "status.json", _LARGEST_STATUS))
         return status if isinstance(status, dict) else {}
     return {}
 
@@ -267,17 +337,3 @@ def _default_path(job_id: str | None) -> Path:
             return max(unfinished)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     return runs / f"{stamp}_{job_id or f'pid-{os.getpid()}'}"
-
-
-def _lock(path: Path) -> FileLock:
-    """Lock the directory for this process; the kernel unlocks it when the process dies."""
-    lock = FileLock(path / ".lock")
-    try:
-        lock.acquire(timeout=10)  # a process just killed may take a moment to exit
-    except Timeout:
-        raise UserError(
-            f"--run-dir {path}: another job is writing there; name another, or wait until it ends"
-        ) from None
-    except NotImplementedError:  # a file system without locks: continue without
-        pass
-    return lock

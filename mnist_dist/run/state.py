@@ -15,6 +15,7 @@ from mnist_dist.errors import JobError, UserError
 from mnist_dist.model import state_dict_mismatch
 
 FORMAT = 1
+_COUNTS = ("epoch", "batch", "step", "best_epoch")
 _DIGEST = 32  # bytes of a SHA-256
 _CPU_RANDOM_STATE = len(torch.get_rng_state())  # bytes
 
@@ -214,6 +215,55 @@ class TrainState:
             "loss_sums": ranks.loss_sums if self.batch else [0.0] * world.world_size,
         }
 
+    def find_fault(self, saved: Any) -> str | None:
+        """Describe what makes `saved`, read from a file, no state of a run; None if it is one.
+
+        A state of another version, run or model is left to `load_state_dict` to refuse.
+        """
+        if not isinstance(saved, dict) or type(saved.get("format")) is not int:
+            return "it is no training state"
+        if saved["format"] != FORMAT:
+            return None
+        example: dict[str, Any] = {"model": {}, "optimizer": {}, "identity": {}, "best_loss": 0.0}
+        example |= {"scheduler": saved.get("scheduler"), "rng": [Tensor()], "loss_sums": [0.0]}
+        example |= dict.fromkeys(_COUNTS, 0)
+        if fault := _kind_mismatch(saved, example, ""):
+            return fault
+        if min(saved[name] for name in _COUNTS) < 0:
+            return "it counts below 0"
+        if not all(isinstance(weight, Tensor) for weight in saved["model"].values()):
+            return "its model holds more than tensors"
+        if not all(isinstance(v, str | int | float | None) for v in saved["identity"].values()):
+            return "its identity holds more than plain values"
+        if self._differences(saved) or state_dict_mismatch(saved["model"], self.model):
+            return None
+        return self._optimizer_fault(saved) or _ranks_fault(saved)
+
+    def _optimizer_fault(self, saved: dict[str, Any]) -> str | None:
+        """Describe what of the optimizer and schedule in `saved` cannot be loaded."""
+        group = self.optimizer.param_groups[0]
+        shapes = [parameter.shape for parameter in group["params"]]
+        numbers = {name: value for name, value in group.items() if type(value) in (int, float)}
+        example = {"optimizer": {"state": {}, "param_groups": [numbers | {"params": [0]}]}}
+        if self.scheduler is not None:
+            own, given = self.scheduler.state_dict(), saved["scheduler"]
+            if isinstance(given, dict):  # versions of torch differ in what they save
+                own = {name: own[name] for name in own if name in given or name == "last_epoch"}
+            example["scheduler"] = own
+        if fault := _kind_mismatch(saved, example, ""):
+            return fault
+        groups, entries = saved["optimizer"]["param_groups"], saved["optimizer"]["state"]
+        if [group["params"] for group in groups] != [list(range(len(shapes)))]:
+            return "its optimizer is of another model"
+        for index, entry in entries.items():
+            if index not in range(len(shapes)) or not isinstance(entry, dict):
+                return "its optimizer has a state of no parameter"
+            for buffer in entry.values():
+                is_float = isinstance(buffer, Tensor) and buffer.is_floating_point()
+                if buffer is not None and not (is_float and buffer.shape == shapes[index]):
+                    return f"its optimizer has no sound state of parameter {index}"
+        return None
+
     def load_state_dict(self, saved: dict[str, Any], world: World) -> None:
         """Continue from `saved`, a `state_dict`.
 
@@ -244,16 +294,19 @@ class TrainState:
             torch.manual_seed(self.hyperparameters["seed"] + self.step)
             self.loss_sum = sum(saved["loss_sums"]) if world.is_main_process else 0.0
 
+    def _differences(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return the hyperparameters that were others in `saved`."""
+        own, before = self.hyperparameters, saved["identity"]
+        return {name: before[name] for name in before if own.get(name) != before[name]}
+
     def _check_same_run(self, saved: dict[str, Any]) -> None:
         if saved.get("format") != FORMAT:
             raise UserError(
                 f"--run-dir: its checkpoint has format {saved.get('format')}, this version reads "
                 f"{FORMAT}; continue it with the version that wrote it"
             )
-        for name, before in saved["identity"].items():
+        for name, before in self._differences(saved).items():
             now = self.hyperparameters.get(name)
-            if now == before:
-                continue
             if name == "data":
                 raise UserError(
                     "--data: the run in --run-dir was started with other data; give that again, or "
@@ -265,3 +318,42 @@ class TrainState:
                 f"{before}{why}; give that value again (all of that run's: --config with its "
                 "config.json), or another --run-dir"
             )
+
+
+def _ranks_fault(saved: dict[str, Any]) -> str | None:
+    """Describe what in `saved` that differs between ranks cannot be loaded."""
+    if len(saved["loss_sums"]) != len(saved["rng"]) or not saved["rng"]:
+        return "its loss_sums and rng are not of the same ranks"
+    on_gpus = saved.get("cuda_rng", [])
+    if not isinstance(on_gpus, list) or len(on_gpus) not in (0, len(saved["rng"])):
+        return "its cuda_rng and rng are not of the same ranks"
+    if not all(isinstance(state, Tensor) and state.dtype == torch.uint8 for state in on_gpus):
+        return "its cuda_rng is no random state"
+    try:
+        for random_state in saved["rng"]:
+            torch.Generator().set_state(random_state)
+    except (RuntimeError, TypeError):
+        return "its rng is no random state"
+    return None
+
+
+def _kind_mismatch(found: Any, example: Any, name: str) -> str | None:
+    """Describe the first value in `found` that is not of the kind that it has in `example`.
+
+    Lists may have any length and dicts further keys; all items of a list are like the first.
+    """
+    if isinstance(example, dict) and isinstance(found, dict):
+        for key, value in example.items():
+            if key not in found:
+                return f"it has no{name} {key}"
+            if fault := _kind_mismatch(found[key], value, f"{name} {key}"):
+                return fault
+        return None
+    if isinstance(example, list) and isinstance(found, list):
+        faults = (_kind_mismatch(item, example[0], name) for item in found if example)
+        return next((fault for fault in faults if fault), None)
+    kinds = (int, float) if type(example) is float else type(example)
+    is_like = isinstance(found, kinds) and isinstance(found, bool) <= isinstance(example, bool)
+    if is_like and not (isinstance(found, float) and math.isnan(found)):
+        return None
+    return f"its{name} is {type(found).__name__ if not is_like else found}"

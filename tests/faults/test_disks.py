@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,17 +20,30 @@ FLAGS = ["--data=bundled", "--train-samples=400", "--lr=0.05"]
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own with room for a run, but not for many checkpoints."""
+    with mounted(tmp_path, "size=4m") as disk:
+        yield disk
+
+
+@pytest.fixture
+def tiny_inodes(tmp_path: Path) -> Iterator[Path]:
+    """A file system with inodes for the first files of a run only: ., run, .lock ..."""
+    with mounted(tmp_path, "size=4m,nr_inodes=6") as disk:
+        yield disk
+
+
+@contextmanager
+def mounted(tmp_path: Path, options: str) -> Iterator[Path]:
     if os.geteuid() != 0:
         pytest.skip("only root can mount a small tmpfs")
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)],
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)],
         capture_output=True,
         text=True,
     )
-    if mounted.returncode != 0:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    if done.returncode != 0:
+        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -80,38 +94,72 @@ def test_a_read_only_run_directory_is_refused_and_unharmed(
     assert "Read-only file system" in line
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_directory_deleted_while_training_is_made_anew(
-    processes: int, tmp_path: Path
+def deleted(run: Path) -> None:
+    run.rename(run.with_name("gone"))  # all at once, from under a job that goes on writing there
+    shutil.rmtree(run.with_name("gone"))
+
+
+def replaced_by_a_copy(run: Path) -> None:
+    subprocess.run(["cp", "-a", str(run), str(run.with_name("copy"))], capture_output=True)
+    deleted(run)
+    run.with_name("copy").rename(run)
+
+
+@pytest.mark.parametrize("change", [deleted, replaced_by_a_copy])
+def test_a_job_ends_with_its_reason_once_its_directory_is_no_longer_its_own(
+    change: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    """At this rate every epoch is better than the one before: best.pt comes again."""
-    with LiveJob(tmp_path, processes, "--data=bundled", "--epochs=20") as job:
+    with LiveJob(tmp_path, 1, "--data=bundled", "--epochs=4000") as job:
         job.until_training()
-        delete(job.run)
-        assert job.wait(timeout=60) == 0, job.output
-        assert 'train_ddp.py", line' not in job.output, "no traceback through our code"
-        assert job.status["status"] == "completed"
-        newest = checkpoints(job.run)[-1]
-        assert torch.load(newest, weights_only=True)["epoch"] == 20
-
-
-def test_a_deleted_best_checkpoint_that_no_epoch_replaces_is_named_in_the_end(
-    tmp_path: Path,
-) -> None:
-    """At this rate the first epoch stays the best one."""
-    with LiveJob(tmp_path, 1, "--data=bundled", "--epochs=80", "--lr=1e-30") as job:
-        job.until(lambda: (job.run / "checkpoints" / "best.pt").exists())
-        delete(job.run)
-        assert job.wait(timeout=60) == 2, job.output
+        change(job.run)
+        files = contents(job.run)
+        assert job.wait(timeout=60) == 1, job.output
         (line,) = [line for line in job.output.splitlines() if "mnist-dist: error" in line]
-        assert "best.pt" in line
+        assert change.__name__.partition("_")[0] in line
+        assert "Traceback" not in job.output
+        assert contents(job.run) == files, "not another file is written there"
+
+
+def test_a_run_moved_while_it_trains_ends_and_is_continued_where_it_is(tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    with LiveJob(tmp_path, 2, "--data=bundled", "--train-samples=400", "--epochs=9000") as job:
+        job.until(lambda: job.ended or bool(checkpoints(job.run)))
+        job.run.rename(moved)
+        assert job.wait(timeout=60) == 1, job.output
+        (line,) = [line for line in job.output.splitlines() if "mnist-dist: error" in line]
+        assert f"it was moved to {moved}" in line
         assert 'train_ddp.py", line' not in job.output, "no traceback through our code"
-        newest = checkpoints(job.run)[-1]
-        assert torch.load(newest, weights_only=True)["epoch"] == 80
+        assert not job.run.exists(), "the old place is not built again"
+    saved = torch.load(checkpoints(moved)[-1], weights_only=True)["epoch"]
+    flags = ["--data=bundled", "--train-samples=400", f"--epochs={saved + 1}"]
+    (ended,) = run_job(tmp_path, 1, f"--run-dir={moved}", *flags)
+    assert ended.code == 0, ended.err
+    assert f"{saved} epoch" in ended.out
 
 
-def delete(run: Path) -> None:
-    """Remove it from under a job that goes on writing there."""
-    moved = run.with_name("gone")
-    run.rename(moved)
-    shutil.rmtree(moved)
+def contents(run: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+def test_no_free_inode_at_the_start_leaves_nothing_that_a_launcher_would_requeue(
+    tiny_inodes: Path, tmp_path: Path
+) -> None:
+    run = tiny_inodes / "run"
+    flags = [f"--run-dir={run}", *FLAGS, "--epochs=2"]
+    (ended,) = run_job(tmp_path, 1, *flags)
+    assert ended.code == 1
+    (line,) = ended.err.splitlines()
+    assert "no free inodes" in line
+    status = json.loads((run / "status.json").read_text())
+    assert (status["status"], status["resumable"]) == ("failed", False)
+
+
+def test_a_file_where_the_checkpoints_belong_is_named_in_one_line(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").write_text("mine")
+    (ended,) = run_job(tmp_path, 1, f"--run-dir={run}", *FLAGS, "--epochs=1")
+    assert ended.code == 2
+    (line,) = ended.err.splitlines()
+    assert f"Not a directory: {run / 'checkpoints'}" in line
+    assert (run / "checkpoints").read_text() == "mine"

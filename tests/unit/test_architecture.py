@@ -9,7 +9,7 @@ from processes import ROOT
 # From the ground up: a room may import from the layers below its own, and inside a layer from the
 # rooms before it.
 LAYERS = [
-    ["errors", "dimensions", "files", "atomic", "flags", "config", "torch_internals"],
+    ["errors", "dimensions", "files", "atomic", "lock", "flags", "config", "torch_internals"],
     ["model", "optimizer", "distributed", "data"],
     ["sampling", "evaluation", "cuda_graphs", "fast", "run"],
     ["job", "steps", "train_ddp", "commands", "__main__"],

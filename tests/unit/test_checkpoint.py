@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from mnist_dist.atomic import write_atomically
 from mnist_dist.errors import UserError
+from mnist_dist.files import read_regular
 from mnist_dist.run import checkpoint
 from mnist_dist.run.checkpoint import CheckpointStore, load_checkpoint
 
@@ -72,6 +74,7 @@ def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path: Path) -> 
     store = opened(tmp_path)
     write(store, 1)
     (store.directory / ".step_00000002.pt.partial").write_bytes(b"half")
+    os.mkfifo(store.directory / ".step_00000003.pt.partial")
     (store.directory / "step_00000002.json").write_text("{}")
     (store.directory / "notes.txt").write_text("mine")
     store.open()
@@ -127,6 +130,103 @@ def test_a_malicious_file_with_a_matching_sidecar_executes_nothing(
     with pytest.raises(UserError, match=r"x\.pt"):
         load_checkpoint(tmp_path / "x.pt")
     assert not (tmp_path / "executed").exists()
+
+
+def unreadable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let reads of `path` fail as on a disk or server with a fault; root may read anything."""
+
+    def read(file: Path, limit: int) -> bytes:
+        if file == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return read_regular(file, limit)
+
+    monkeypatch.setattr("mnist_dist.run.checkpoint.read_regular", read)
+
+
+def test_a_newest_that_cannot_be_read_now_is_passed_over_and_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it count among those to keep: it is newer than what the run goes on to save."""
+    write(opened(tmp_path), 100)
+    path = write(opened(tmp_path), 300)
+    store = opened(tmp_path, keep=1)
+    with monkeypatch.context() as patch:
+        unreadable(path, patch)
+        found, passed_over = store.load_latest()
+        assert found is not None
+        assert found["step"] == 100
+        assert passed_over == [f"{path}: Input/output error"]
+        write(store, 200)
+        assert store.newest_step == 200
+    assert newest(store)["step"] == 200
+    assert newest(opened(tmp_path))["step"] == 300
+
+
+@pytest.mark.timeout(20)  # opening a FIFO would wait for a writer
+@pytest.mark.parametrize("suffix", [".pt", ".json"])
+@pytest.mark.parametrize("kind", ["fifo", "directory", "loop", "device", "huge", "deep", "wrong"])
+def test_what_is_no_file_of_a_checkpoint_is_named_and_the_older_one_used(
+    kind: str, suffix: str, tmp_path: Path
+) -> None:
+    store = opened(tmp_path)
+    write(store, 1)
+    path = write(store, 2).with_suffix(suffix)
+    path.unlink()
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "directory":
+            path.mkdir()
+        case "loop":
+            path.symlink_to(path.name)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "huge":
+            path.touch()
+            os.truncate(path, 1 << 40)
+        case "deep":
+            path.write_text("[" * 100_000)
+        case "wrong":
+            path.write_text('{"sha256": ["a"], "replaces": {}}')
+    found, (line,) = store.load_latest()
+    assert found is not None
+    assert found["step"] == 1
+    assert str(path) in line
+    assert "\n" not in line
+    write(store, 2)
+    assert newest(store)["step"] == 2, "the run can save at that step again"
+
+
+def test_a_checkpoint_of_another_step_under_its_name_is_not_used(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    path = write(store, 1)
+    for suffix in (".pt", ".json"):
+        shutil.copy(path.with_suffix(suffix), path.with_name(f"step_00000009{suffix}"))
+    found, (line,) = store.load_latest()
+    assert found is not None
+    assert found["step"] == 1
+    assert "step_00000009.pt" in line
+    assert "step 1" in line
+
+
+def test_the_newest_is_found_by_number_beyond_eight_digits(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    for step in (99_999_999, 100_000_000):
+        write(store, step)
+    assert newest(store)["step"] == 100_000_000
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_is_no_directory_of_checkpoints_is_an_error_that_names_it(
+    is_link: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoints"
+    if is_link:
+        path.symlink_to("nowhere")
+    else:
+        path.write_text("mine")
+    with pytest.raises(OSError, match=r"Not a directory.*checkpoints"):
+        opened(tmp_path)
 
 
 def test_all_damaged_is_a_refusal_and_no_fresh_start(tmp_path: Path) -> None:
