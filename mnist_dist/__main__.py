@@ -20,6 +20,7 @@ _COMMANDS = {
     "export": ("mnist_dist.commands.export", "export a model with torch.export or to ONNX"),
     "doctor": ("mnist_dist.commands.doctor.command", "check this machine or cluster"),
     "runs": ("mnist_dist.commands.runs", "list runs"),
+    "compare": ("mnist_dist.commands.compare", "compare the losses of runs"),
 }
 
 

@@ -85,12 +85,14 @@ def _is_run(path: Path) -> bool:
 
 def _summary(path: Path) -> RunSummary:
     status, config, environment = (
-        _read(path / name) for name in ("status.json", "config.json", "environment.json")
+        read_object(path / name) for name in ("status.json", "config.json", "environment.json")
     )
-    records = list(_records(path / "metrics.jsonl"))
-    losses = [loss for record in records if (loss := _number(record, "val/loss")) is not None]
-    accuracies = [a for record in records if (a := _number(record, "test/accuracy")) is not None]
-    written = _text(status, "status") or "unreadable"
+    records = list(read_records(path / "metrics.jsonl"))
+    losses = [loss for record in records if (loss := finite_number(record, "val/loss")) is not None]
+    accuracies = [
+        a for record in records if (a := finite_number(record, "test/accuracy")) is not None
+    ]
+    written = short_text(status, "status") or "unreadable"
     # An extended run has test metrics for each time that it was completed.
     accuracy = accuracies[-1] if written == "completed" and accuracies else None
     return RunSummary(
@@ -117,8 +119,8 @@ def _is_gone(path: Path, environment: Mapping[str, Any]) -> bool:
 
 def _data(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str | None:
     """Return MNIST, bundled, or the name of the user's file."""
-    given = _text(config, "data")
-    description = _text(environment, "data")
+    given = short_text(config, "data")
+    description = short_text(environment, "data")
     if description is None:
         name = given
     elif description.startswith(("MNIST,", "bundled ")):
@@ -129,7 +131,7 @@ def _data(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str | No
     return f"{name}, first {samples:,}" if name and samples else name
 
 
-def _read(file: Path) -> Mapping[str, Any]:
+def read_object(file: Path) -> Mapping[str, Any]:
     """Return the JSON object in `file`, or an empty one."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         content = json.loads(read_regular(file, _LARGEST_FILE))
@@ -137,7 +139,7 @@ def _read(file: Path) -> Mapping[str, Any]:
     return {}
 
 
-def _records(file: Path) -> Iterator[Mapping[str, Any]]:
+def read_records(file: Path) -> Iterator[Mapping[str, Any]]:
     """Yield the JSON objects in a file of lines; other lines are skipped."""
     with contextlib.suppress(OSError):
         for line in read_regular(file, _LARGEST_FILE).splitlines():
@@ -147,24 +149,26 @@ def _records(file: Path) -> Iterator[Mapping[str, Any]]:
                     yield content
 
 
-def _number(values: Mapping[str, Any], name: str) -> float | None:
+def finite_number(values: Mapping[str, Any], name: str) -> float | None:
+    """Return the number under `name`, None if there is no finite one."""
     value = values.get(name)
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if good and value is not None else None
 
 
 def _count(values: Mapping[str, Any], name: str) -> int | None:
-    value = _number(values, name)
+    value = finite_number(values, name)
     return None if value is None else int(value)
 
 
-def _text(values: Mapping[str, Any], name: str) -> str | None:
+def short_text(values: Mapping[str, Any], name: str) -> str | None:
     """Return text from a file, safe to print on a terminal."""
     value = values.get(name)
-    return _printable(value)[:60] if isinstance(value, str) and value else None
+    return printable(value)[:60] if isinstance(value, str) and value else None
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Return `text` with a ? for each character that could control a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -174,7 +178,7 @@ def _print_table(runs: Sequence[RunSummary]) -> None:
         epochs = None if it.epoch is None else f"{it.epoch}/{it.epochs or '?'}"
         loss = None if it.best_validation_loss is None else f"{it.best_validation_loss:.4f}"
         accuracy = None if it.test_accuracy is None else f"{it.test_accuracy:.2%}"
-        cells = (_printable(it.path), it.status, it.data, it.world_size, epochs, loss, accuracy)
+        cells = (printable(it.path), it.status, it.data, it.world_size, epochs, loss, accuracy)
         rows.append(["-" if cell is None else str(cell) for cell in cells])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:

@@ -29,6 +29,7 @@ def environment_facts() -> dict[str, Any]:
     return {
         "mnist_dist": __version__,
         "git_commit": _git_commit(),
+        "code": code_digest(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,

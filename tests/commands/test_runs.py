@@ -159,5 +159,5 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
 
 def test_the_usage_names_every_command(tmp_path: Path) -> None:
     said = command(tmp_path, "python", "-m", "mnist_dist", "--help").out
-    for name in ("train", "evaluate", "predict", "export", "runs"):
+    for name in ("train", "evaluate", "predict", "export", "runs", "compare"):
         assert f"\n  {name} " in said

@@ -67,6 +67,10 @@ _TORCHRUN_DOCTOR = By(
     "tests/doctor/test_doctor.py::test_torchrun_examines_the_processes_it_starts",
     '"-m", "mnist_dist", "doctor"',
 )
+_COMPARE = By(
+    "tests/commands/test_compare.py::test_runs_of_1_2_and_4_processes_are_within_the_tolerance",
+    '["compare", *map(str, words), "--json"]',
+)
 _ONE_PROCESS = r"world  1 process, cpu(.|\n)*\ntest   loss "
 
 COMMANDS: dict[str, Here | By | Never] = {
@@ -161,6 +165,8 @@ COMMANDS: dict[str, Here | By | Never] = {
     "mnist-dist export runs/tuned --format torch": _README,
     "mnist-dist export runs/tuned --format onnx --output model.onnx": _README,
     "mnist-dist runs": _README,
+    "mnist-dist compare runs/one runs/four": _COMPARE,
+    "mnist-dist compare runs/one runs/two runs/seed1": _COMPARE,
     "tensorboard --logdir runs": _TENSORBOARD,
     "tensorboard --logdir runs --port 6006": _TENSORBOARD,
     "tensorboard ... --bind_all": Never("shows a page to everybody on the network"),
