@@ -143,6 +143,9 @@ COMMANDS: dict[str, Here | By | Never] = {
     "srun --nodes=2 --ntasks-per-node=2 python -m mnist_dist doctor": By(
         _SRUN_DOCTOR, '"srun", "--nodes=2", "--ntasks-per-node=2"'
     ),
+    "srun --nodes=2 --ntasks-per-node=2 python -m mnist_dist doctor --train": By(
+        _SRUN_DOCTOR, '"-m", "mnist_dist", "doctor", "--train"'
+    ),
     "srun -N1 bash -c '. .venv/bin/activate && "
     'python -c "import torch; print(torch.__version__)"\'': Never(
         "is about the environment of a cluster; no part of this program"
@@ -165,6 +168,7 @@ COMMANDS: dict[str, Here | By | Never] = {
     "mnist-dist export runs/tuned --format torch": _README,
     "mnist-dist export runs/tuned --format onnx --output model.onnx": _README,
     "mnist-dist runs": _README,
+    "mnist-dist compare": _COMPARE,
     "mnist-dist compare runs/one runs/four": _COMPARE,
     "mnist-dist compare runs/one runs/two runs/seed1": _COMPARE,
     "tensorboard --logdir runs": _TENSORBOARD,
@@ -179,6 +183,7 @@ COMMANDS: dict[str, Here | By | Never] = {
     ),
     "torchrun --nproc_per_node=2 -m mnist_dist doctor": _TORCHRUN_DOCTOR,
     "torchrun --nproc_per_node=4 -m mnist_dist doctor": _TORCHRUN_DOCTOR,
+    "torchrun --nproc_per_node=4 -m mnist_dist doctor --train": _TORCHRUN_DOCTOR,
     "torchrun --nnodes=2 --node-rank=0 --master-addr=n1 -m mnist_dist doctor": Never(
         "needs two hosts; test_doctor_on_hosts.py starts the same ranks there without torchrun"
     ),

@@ -126,10 +126,12 @@ def test_a_healthy_pair_talks_adds_up_and_exits_with_0(tmp_path: Path) -> None:
 
 
 def test_torchrun_examines_the_processes_it_starts(tmp_path: Path) -> None:
-    ended = command(tmp_path, "torchrun", "--nproc_per_node=3", "-m", "mnist_dist", "doctor")
+    words = ["torchrun", "--nproc_per_node=3", "-m", "mnist_dist", "doctor"]
+    ended = command(tmp_path, *words, "--train")
     assert ended.code == 0, ended.out + ended.err
     assert ended.out.startswith("mnist-dist doctor: 3 processes (torchrun)\n")
     assert "3 pairs of ranks, both ways" in ended.out
+    assert re.search(r"ok    training      3 ranks together follow it .* samples/s", ended.out)
     assert verdict(ended).endswith("3 ranks on 1 node can train together")
     assert list(tmp_path.iterdir()) == []
 

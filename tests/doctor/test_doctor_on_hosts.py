@@ -66,10 +66,11 @@ def line_of(check: str, lines: Sequence[str]) -> str:
 
 
 def test_healthy_hosts_talk_by_the_interface_between_them(hosts: Hosts, tmp_path: Path) -> None:
-    (code, lines), (second, nothing) = doctor(hosts, tmp_path / "job", 2)
+    (code, lines), (second, nothing) = doctor(hosts, tmp_path / "job", 2, "--train")
     assert (code, second, nothing) == (0, 0, []), lines
     assert "eth0 10.77.0.1, eth0 10.77.0.2" in line_of("interface", lines)
     assert line_of("shared disk", lines).split()[0] == "ok", "both see this machine's disk"
+    assert line_of("training", lines).split()[0] == "ok"
     assert lines[-1] == "OK: 2 ranks on 2 nodes can train together"
 
 

@@ -281,7 +281,7 @@ def srun_doctor(cluster: Cluster, checkout: Path, *options: str) -> tuple[int, l
     """The doctor in two tasks on each node; srun's exit code and the lines it printed."""
     words = ["srun", "--nodes=2", "--ntasks-per-node=2", *options]
     done = subprocess.run(
-        [*words, sys.executable, "-m", "mnist_dist", "doctor"],
+        [*words, sys.executable, "-m", "mnist_dist", "doctor", "--train"],
         cwd=checkout,
         env={**cluster.environment, "PYTHONPATH": str(checkout)},
         capture_output=True,
@@ -298,6 +298,7 @@ def test_srun_starts_the_doctor_on_all_nodes_and_rank_0_has_the_last_word(
     assert code == 0, lines
     assert lines[0] == "mnist-dist doctor: 4 processes (srun)"
     assert any("6 pairs of ranks, both ways" in line for line in lines)
+    assert any(line.startswith("  ok    training      4 ranks together") for line in lines)
     assert lines[-1].endswith("4 ranks on 2 nodes can train together")
     assert not (checkout / "runs").exists()
     code, lines = srun_doctor(cluster, checkout, "--export=ALL,GLOO_SOCKET_IFNAME=eth7")

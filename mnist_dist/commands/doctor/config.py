@@ -26,6 +26,12 @@ class DoctorConfig:
         metavar="SECONDS",
         help="time limit of all checks; the rendezvous may take three fifths of it",
     )
+    train: bool = flag(
+        False,
+        help="after the checks, train on the bundled digits for some seconds, and compare every "
+        "loss with a reference curve",
+    )
+    precision: Literal["fp32", "tf32", "bf16"] = flag("fp32", help="precision of --train")
     json: bool = flag(False, help="print one JSON object instead of text")
     device: str = flag("auto", metavar="DEVICE", help="device, as for training")
     backend: Literal["auto", "gloo", "nccl"] = flag("auto", help="backend, as for training")
@@ -44,4 +50,6 @@ def parse(argv: Sequence[str]) -> DoctorConfig:
         raise UserError("--run-dir: give a path, or leave the flag out")
     if config.backend == "nccl" and config.device == "cpu":
         raise UserError("--backend nccl: NCCL needs GPUs; use gloo with --device cpu")
+    if config.precision == "tf32" and config.device == "cpu":
+        raise UserError("--precision tf32: needs a GPU; use fp32, or bf16")
     return config

@@ -102,7 +102,9 @@ class Examination:
             self._check_tcp(endpoints)
             self._check_disk(facts.boot)
             self._check_gpu(device)
-            self._check_all_reduce(store, device, facts)
+            world = self._check_all_reduce(store, device, facts)
+            if self._config.train:
+                self._check_training(device, world)
         except _StopError as first:
             self._report.add(Finding("other checks", "skipped", f"not checked: {first}"))
         self._end()
@@ -133,15 +135,22 @@ class Examination:
         stage: str,
         measure: Callable[[float], Any],
         check: Callable[[Payloads], list[Finding]],
+        share: float = _STAGE_SHARE,
     ) -> None:
         """Measure on every rank, for at most the seconds given, and check all results on rank 0.
+
+        Args:
+            stage: its name.
+            measure: given the seconds it may take, returns what this rank measured.
+            check: given what all ranks measured, in rank order.
+            share: of --timeout that it may take, if that is left.
 
         Raises:
             _StopError: on all ranks, if one of them did not respond.
         """
         self._stage = stage
         left = self._deadline - time.monotonic() - _SLACK_S
-        seconds = max(1.0, min(_STAGE_SHARE * self._config.timeout, left))
+        seconds = max(1.0, min(share * self._config.timeout, left))
         self._mailbox.publish(f"{stage}/{self._launch.rank}", measure(seconds))
         if self._launch.rank == 0:
             payloads = self._collect(stage, seconds + _SLACK_S)
@@ -244,14 +253,15 @@ class Examination:
             lambda payloads: gpu_checks.check_self_test(payloads, self._facts_by_rank),
         )
 
-    def _check_all_reduce(self, store: Store, device: torch.device, facts: Facts) -> None:
+    def _check_all_reduce(self, store: Store, device: torch.device, facts: Facts) -> World | None:
+        """Form the process group and all-reduce; return its ranks, None if there is none."""
         if self._launch.world_size == 1:
             text = "not checked: start with torchrun or srun, as for training"
             self._report.add(Finding("other ranks", "skipped", text))
-            return
+            return None
         needed = {"devices", "gpu test", "interface", "messages"}
         if self._is_blocked("all-reduce", "shared memory", by=needed):
-            return
+            return None
         worlds: list[World] = []
 
         def by_backend(seconds: float) -> dict[str, Any]:
@@ -275,6 +285,33 @@ class Examination:
                 "shared memory",
                 lambda seconds: allreduce_check.by_shared_memory(worlds[0], seconds),
                 lambda payloads: checks.check_shared_memory(payloads, self._facts_by_rank),
+            )
+        return worlds[0] if worlds else None
+
+    def _check_training(self, device: torch.device, world: World | None) -> None:
+        """Train on each rank alone, then on all together."""
+        if self._is_blocked("arithmetic", "training", by={"devices", "gpu test"}):
+            return
+        # Imports the job, which no other check needs.
+        from mnist_dist.commands.doctor import train_check
+
+        precision = self._config.precision
+        mine = train_check.TrainCheck(self._launch, device, precision)
+        self._run_stage(
+            "arithmetic",
+            lambda seconds: mine.alone(),
+            lambda payloads: train_check.check_alone(payloads, self._facts_by_rank, precision),
+            share=1.0,
+        )
+        needed = {"interface", "messages", "all-reduce", "arithmetic"}
+        if world is not None and not self._is_blocked("training", by=needed):
+            self._run_stage(
+                "training",
+                lambda seconds: mine.together(world, seconds),
+                lambda payloads: train_check.check_together(
+                    payloads, self._facts_by_rank, precision
+                ),
+                share=1.0,
             )
 
     def _print_verdict(self) -> None:
