@@ -184,13 +184,25 @@ class TrainConfig:
     )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of config.json: every setting of the computation, in plain types."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in _NOT_SAVED}
+        """Return the content of config.json: every setting of the computation, in plain types.
+
+        Paths are absolute, so that a command finds the data of the run from any directory.
+        """
+        paths = {name: getattr(self, name) for name in ("data", "cache_dir")}
+        absolute = {
+            name: str(Path(path).expanduser().absolute())
+            for name, path in paths.items()
+            if path not in (None, "auto", "bundled")
+        }
+        return self._saved() | absolute
 
     def to_flags(self) -> dict[str, Any]:
         """Return the values that must be equal on all ranks, by flag."""
-        equal = {name: value for name, value in self.to_json().items() if name != "cache_dir"}
+        equal = {name: value for name, value in self._saved().items() if name != "cache_dir"}
         return {f"--{name.replace('_', '-')}": value for name, value in equal.items()}
+
+    def _saved(self) -> dict[str, Any]:
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in _NOT_SAVED}
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the settings that determine a run's numbers, which a resume must not change.

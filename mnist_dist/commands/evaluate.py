@@ -14,7 +14,7 @@ import torch
 
 from mnist_dist import evaluation as engine
 from mnist_dist.commands.loading import TrainedModel, load_trained
-from mnist_dist.data import Dataset, find_data, load
+from mnist_dist.data import DataError, DataLocation, Dataset, find_data, load
 from mnist_dist.distributed import process
 from mnist_dist.distributed.world import World, init_distributed
 from mnist_dist.errors import UserError
@@ -125,9 +125,7 @@ def _command(flags: Sequence[str], launch: Launch) -> None:
 def _evaluate(config: EvaluateConfig, world: World, warn: Callable[[str], None]) -> _Report:
     """Evaluate on every rank. Only rank 0 needs the checkpoint, every node needs the data."""
     trained = world.on_main(lambda: load_trained(config.model))
-    data = trained.data if config.data is None else config.data
-    cache_dir = trained.cache_dir if config.cache_dir is None else config.cache_dir
-    location = world.once_per_host(lambda: find_data(data, cache_dir))
+    location = world.once_per_host(lambda: _find_data(config, trained))
     for warning in location.warnings:
         warn(warning)
     dataset = world.run_on_all(lambda: load(location))
@@ -144,6 +142,19 @@ def _evaluate(config: EvaluateConfig, world: World, warn: Callable[[str], None])
     split = getattr(dataset.to(world.device), config.split)
     result = engine.evaluate(trained.model.to(world.device), split, world)
     return _Report(trained, dataset, config.split, result)
+
+
+def _find_data(config: EvaluateConfig, trained: TrainedModel) -> DataLocation:
+    cache_dir = trained.cache_dir if config.cache_dir is None else config.cache_dir
+    if config.data is not None:
+        return find_data(config.data, cache_dir)
+    try:
+        return find_data(trained.data, cache_dir)
+    except DataError as error:
+        raise UserError(
+            f"{error.problem} (the --data in config.json of the run of {trained.checkpoint}); "
+            "give --data with the path of that data"
+        ) from error
 
 
 def _as_trained(dataset: Dataset, trained: TrainedModel) -> Dataset:

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from mnist_dist.data.errors import one_line
 from mnist_dist.errors import UserError
+from mnist_dist.files import read_regular
 from mnist_dist.model import build_model, state_dict_mismatch
 from mnist_dist.run.checkpoint import load_checkpoint
 
+_MAX_CONFIG_BYTES = 1 << 20
 _REMEDY = "name a run's directory or a checkpoint of this project"
 
 
@@ -107,25 +110,54 @@ def find_checkpoint(path: Path) -> Path:
 def _model(weights: Any, checkpoint: Path) -> nn.Module:
     """Load `weights` into the model. Raises UserError if they do not match."""
     model = build_model()
+    weights = _without_prefix(weights, next(iter(model.state_dict())))
     if mismatch := state_dict_mismatch(weights, model):
         raise UserError(
             f"{checkpoint}: holds no weights of this project's model, {type(model).__name__}: "
-            f"{mismatch}; {_REMEDY}"
+            f"{one_line(mismatch)}; {_REMEDY}"
         )
     for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
+        if weight.layout != torch.strided or weight.is_quantized or weight.is_meta:
+            raise UserError(f"{checkpoint}: its {name} is no dense tensor; {_REMEDY}")
+        if not torch.isfinite(weight.float()).all():
             raise UserError(f"{checkpoint}: not all of its {name} are finite numbers; {_REMEDY}")
     model.load_state_dict(weights)
     return model.eval()
 
 
+def _without_prefix(weights: Any, name: str) -> Any:
+    """Remove a wrapper's prefix, such as DDP's ``module.``, if all names have it.
+
+    Args:
+        weights: a state dict, or any other object that a file contained.
+        name: one that the model's own state dict has.
+    """
+    if not isinstance(weights, Mapping) or not all(isinstance(key, str) for key in weights):
+        return weights
+    prefixes = {key.removesuffix(name) for key in weights if key.endswith(f".{name}")}
+    if len(prefixes) != 1 or not all(key.startswith(tuple(prefixes)) for key in weights):
+        return weights
+    (prefix,) = prefixes
+    return {key.removeprefix(prefix): weight for key, weight in weights.items()}
+
+
 def _data_of_run(checkpoint: Path) -> dict[str, Any]:
     """Return the data flags in the run's config.json, if it is found."""
-    with contextlib.suppress(OSError, ValueError):
-        config = json.loads((checkpoint.absolute().parent.parent / "config.json").read_text())
+    run = checkpoint.absolute().parent.parent
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        config = json.loads(read_regular(run / "config.json", _MAX_CONFIG_BYTES))
         flags = {name: _typed(config, name, str) for name in ("data", "cache_dir")}
-        return {name: value for name, value in flags.items() if value}
+        return {name: _from_run(value, run) for name, value in flags.items() if value}
     return {}
+
+
+def _from_run(path: str, run: Path) -> str:
+    """Find a relative path of an older config.json: from here, or from a directory above the run.
+
+    The data that is found is compared with the run's later.
+    """
+    places = (place / path for place in (Path(), *run.parents))
+    return next((str(found) for found in places if found.exists()), path)
 
 
 def _typed(values: Any, name: str, kind: type) -> Any:

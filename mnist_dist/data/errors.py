@@ -63,12 +63,12 @@ def naming_file(file: Path | str, remedy: str | None = None) -> Iterator[None]:
 
 
 def _fault(error: Exception) -> str:
-    if isinstance(error, MalformedError):
+    if isinstance(error, (gzip.BadGzipFile, zlib.error)):
+        return f"is damaged: {error}"
+    if isinstance(error, MalformedError) or (isinstance(error, OSError) and error.errno is None):
         return str(error)
     if isinstance(error, EOFError):
         return "is cut short"
-    if isinstance(error, (gzip.BadGzipFile, zlib.error)):
-        return f"is damaged: {error}"
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror or error}"
     return f"is damaged: {type(error).__name__}: {printable(error)}"

@@ -130,6 +130,29 @@ def test_other_data_is_never_taken_for_the_runs_without_a_word(tmp_path: Path) -
             assert "--data" in line
 
 
+def test_the_data_of_a_run_is_found_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was given a relative path, today and by an older version."""
+    source = write_npz(tmp_path / "data" / "mine.npz", digits(train=600, test=20))
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = completed_run(tmp_path, 1, "--data=data/mine.npz", "--epochs=1")
+    config = json.loads((run / "config.json").read_text())
+    assert config["data"] == str(source)
+    monkeypatch.chdir(elsewhere)
+    today = mnist_dist.evaluate(run)
+    assert today.count == 20
+    config["data"] = "data/mine.npz"
+    (run / "config.json").write_text(json.dumps(config))
+    assert mnist_dist.evaluate(run).confusion == today.confusion
+    source.unlink()
+    with pytest.raises(
+        mnist_dist.UserError, match=r"data/mine\.npz: no such file .*\(the --data in config\.json"
+    ):
+        mnist_dist.evaluate(run)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -5,7 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from processes import ROOT, completed_run
 
 import mnist_dist
 from mnist_dist.__main__ import main
+from mnist_dist.commands.loading import load_trained
 from mnist_dist.model import MLP
 
 
@@ -35,6 +36,51 @@ def test_a_checkpoint_its_directory_and_a_copy_are_as_good(trained: Path, tmp_pa
     for path in (best, str(best), best.parent, copy, tmp_path / "weights.pt"):
         loaded = mnist_dist.load_model(path).state_dict()
         assert torch.equal(loaded["out.weight"], weights["out.weight"]), path
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.net."])
+def test_weights_under_a_wrappers_prefix_are_taken(
+    prefix: str, trained: Path, tmp_path: Path
+) -> None:
+    weights = torch.load(trained / "checkpoints" / "best.pt", weights_only=True)["model"]
+    torch.save({prefix + name: weight for name, weight in weights.items()}, tmp_path / "w.pt")
+    loaded = mnist_dist.load_model(tmp_path / "w.pt").state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
+def test_half_precision_weights_are_taken(trained: Path, tmp_path: Path) -> None:
+    weights = torch.load(trained / "checkpoints" / "best.pt", weights_only=True)["model"]
+    torch.save({name: weight.half() for name, weight in weights.items()}, tmp_path / "w.pt")
+    loaded = mnist_dist.load_model(tmp_path / "w.pt").state_dict()
+    assert torch.equal(loaded["out.weight"], weights["out.weight"].half().float())
+
+
+def damaged_configs(path: Path) -> Iterator[None]:
+    """What can be in the place of config.json; yields after each is made."""
+    path.unlink()
+    os.mkfifo(path)
+    yield
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    yield
+    path.unlink()
+    path.symlink_to(path.name)
+    yield
+    path.unlink()
+    for content in (b"[" * 100_000, b"\xff{", b'{"data": 5, "cache_dir": ["x"]}', b"[1]"):
+        path.write_bytes(content)
+        yield
+
+
+@pytest.mark.timeout(60)  # reading a FIFO would wait for a writer
+def test_a_model_loads_whatever_is_in_the_place_of_config_json(
+    trained: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    for _ in damaged_configs(run / "config.json"):
+        loaded = load_trained(run)
+        assert (loaded.data, loaded.cache_dir) == ("auto", None)
 
 
 def test_importing_the_package_does_not_import_torch() -> None:
@@ -112,8 +158,31 @@ def whole_module(trained: Path, file: Path) -> None:
     torch.save(MLP(), file)
 
 
+def named_by_a_terminal(trained: Path, file: Path) -> None:
+    torch.save(saved(trained)["model"] | {"a\nb\x1b[31m": torch.zeros(1)}, file)
+
+
+def sparse(trained: Path, file: Path) -> None:
+    weights = saved(trained)["model"]
+    torch.save(weights | {"out.weight": weights["out.weight"].to_sparse()}, file)
+
+
+def without_memory(trained: Path, file: Path) -> None:
+    weights = saved(trained)["model"]
+    torch.save(weights | {"out.weight": torch.empty(10, 256, device="meta")}, file)
+
+
+def wrapped_twice_over(trained: Path, file: Path) -> None:
+    weights = saved(trained)["model"]
+    torch.save({f"{p}.{name}": w for name, w in weights.items() for p in ("a", "b")}, file)
+
+
 BAD: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "another project": (of_another_project, "holds no weights of this project's model"),
+    "a name for terminals": (named_by_a_terminal, "no place for its a b\\x1b[31m"),
+    "sparse weights": (sparse, "its out.weight is no dense tensor"),
+    "weights without memory": (without_memory, "its out.weight is no dense tensor"),
+    "two models": (wrapped_twice_over, "it has no hidden1.weight"),
     "a list": (lambda _, file: torch.save([1, 2], file), "holds no weights"),
     "another shape": (other_shape, "hidden1.weight is (64, 784), this one's (128, 784)"),
     "no tensors": (no_tensors, "hidden1.weight is str"),
