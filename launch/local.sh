@@ -7,7 +7,7 @@ set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${PROCESSES:-}" ]; then
-  PROCESSES=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+  PROCESSES=$(PYTHONPATH=$repository python -m mnist_dist.distributed.gpu_count)
   [ "$PROCESSES" -gt 0 ] || PROCESSES=2
 fi
 # torchrun's own default is one thread a process, whatever the cores.
