@@ -25,8 +25,11 @@ NAMES = (
     "torch.ops.aten.nll_loss_backward.default",
     "torch.ops.aten.threshold_backward.default",
     "torch.utils.tensorboard.SummaryWriter._get_file_writer",  # overridden in run/tensorboard.py
-    "torch.distributed.distributed_c10d._set_pg_timeout",
     "torch.distributed.distributed_c10d._get_default_store",
+    # Public from torch 2.14 on, where the private name is deprecated.
+    "torch.distributed.set_timeout"
+    if hasattr(torch.distributed, "set_timeout")
+    else "torch.distributed.distributed_c10d._set_pg_timeout",
 )
 
 foreach_add: Callable[..., Any] = torch._foreach_add
@@ -39,11 +42,15 @@ log_softmax_backward: Callable[..., Tensor] = torch._log_softmax_backward_data
 nll_loss_forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.aten.nll_loss_forward.default
 nll_loss_backward: Callable[..., Tensor] = torch.ops.aten.nll_loss_backward.default
 threshold_backward: Callable[..., Tensor] = torch.ops.aten.threshold_backward.default
+set_timeout: Callable[[timedelta], None] = (
+    getattr(torch.distributed, "set_timeout", None)
+    or torch.distributed.distributed_c10d._set_pg_timeout
+)
 
 
 def set_group_timeout(seconds: float) -> None:
     """Set the timeout of the default process group's collectives."""
-    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+    set_timeout(timedelta(seconds=seconds))
 
 
 def default_store() -> torch.distributed.Store:

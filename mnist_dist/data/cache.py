@@ -40,7 +40,8 @@ _STALE_S = 3600
 # Larger than the entry of any data set that can be read.
 _MAX_BYTES = 2 << 30
 _CHUNK = 1 << 20
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+# Linux only; 0 elsewhere, where nothing is sealed.
+_SEALS = sum(getattr(fcntl, f"F_SEAL_{name}", 0) for name in ("SHRINK", "GROW", "WRITE", "SEAL"))
 
 _KEYS = {"format", "entry", "description", "fingerprint"} | {
     f"{name}_{part}" for name in SPLIT_NAMES for part in ("images", "labels")
@@ -239,12 +240,14 @@ def _check_owner(descriptor: int) -> None:
 
 
 def _is_sealed(file: BinaryIO) -> bool:
-    with suppress(OSError):
+    with suppress(AttributeError, OSError):
         return fcntl.fcntl(file, fcntl.F_GET_SEALS) & _SEALS == _SEALS
     return False
 
 
 def _copy_to_memory(file: BinaryIO) -> BinaryIO:
+    if not hasattr(os, "memfd_create"):
+        raise OSError("this system has no memfd")
     copy = os.memfd_create("mnist-dist-data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     sealed = open(copy, "w+b")  # noqa: PTH123, SIM115 - a descriptor
     try:
@@ -282,7 +285,10 @@ def _parse(file: BinaryIO, name: str | None = None) -> Dataset:
     """Map an open entry; `name` is the one it must have been written under, None: any."""
     # By its descriptor: another file may have the name by now.
     path = f"/proc/self/fd/{file.fileno()}"
-    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:  # not on Linux: read it, which takes memory in every process
+        content = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise MalformedError("is not a cache entry of this version")
     if content.keys() != _KEYS:

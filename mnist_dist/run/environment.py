@@ -51,11 +51,26 @@ def _gpu_name() -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Return this checkout's commit, "-dirty" if it was changed; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Return this checkout's commit, "-dirty" if it was changed; None outside a checkout.
+
+    An installed package or an unpacked archive may lie inside the repository of something else,
+    which does not track it.
+    """
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
-        return done.stdout.strip() or None
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        return _git(*describe) or None
     return None
+
+
+def _git(*words: str) -> str:
+    """Run git in this directory. Raises OSError or SubprocessError if it fails."""
+    done = subprocess.run(
+        ["git", *words],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+    )
+    return done.stdout.strip()

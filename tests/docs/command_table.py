@@ -75,13 +75,15 @@ _ONE_PROCESS = r"world  1 process, cpu(.|\n)*\ntest   loss "
 
 COMMANDS: dict[str, Here | By | Never] = {
     # From nothing
-    "python3 -m venv .venv && . .venv/bin/activate && pip install -e . && "
+    "python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt -e . && "
     "torchrun --nproc_per_node=4 train_ddp.py": By(".ci/run", '$(readme_command "run")'),
-    "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[test]' && pytest": By(
+    "python3 -m venv .venv && . .venv/bin/activate && "
+    "pip install -c constraints.txt -e '.[test]' && pytest": By(
         ".ci/run", '$(readme_command "test")'
     ),
-    "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[dev]'": By(
-        ".ci/run", "pip install -e '.[dev]'"
+    "python3 -m venv .venv && . .venv/bin/activate && "
+    "pip install -c constraints.txt -e '.[dev]'": By(
+        ".ci/run", "pip install -c constraints.txt -e '.[dev]'"
     ),
     "pip install -e '.[onnx]'": Never("installs packages; the extra is part of '.[test]'"),
     "pip install -e '.[compare]'": Never("installs the peers, which only the benchmarks run"),
@@ -93,6 +95,8 @@ COMMANDS: dict[str, Here | By | Never] = {
         ".ci/run", "ruff check .\nruff format --check .\nmypy\n"
     ),
     ".ci/run": Never("runs this suite, in an environment that it makes"),
+    ".ci/matrix": Never("runs this suite, in environments that it makes"),
+    ".ci/constraints": Never("reads the package registry; test_packaging.py checks its file"),
     "apt-get install slurm-wlm munge": By(".ci/run", "slurm-wlm munge"),
     # Training
     "python train_ddp.py": Here(_ONE_PROCESS),
@@ -102,7 +106,7 @@ COMMANDS: dict[str, Here | By | Never] = {
         '"python", SCRIPT, "--help"',
     ),
     "... train_ddp.py --data path/to/mnist.pkl.gz": Here(_ONE_PROCESS),
-    "torchrun --nproc_per_node=4 train_ddp.py --recipe tuned": _README,
+    "... train_ddp.py --recipe tuned": Here(r"onecycle, momentum 0\.9(.|\n)*\ntest   loss "),
     "torchrun --nproc_per_node=4 train_ddp.py": By(
         "tests/launcher/test_torchrun.py::test_torchrun_trains_to_the_end_and_one_rank_speaks",
         "torchrun(tmp_path, 4, *SMALL)",

@@ -1,9 +1,10 @@
 """The project's Markdown files, taken apart: headings, links, code spans, commands."""
 
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+
+from checkout import project_files
 
 _SHELLS = ("bash", "sh", "shell", "console")
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
@@ -85,13 +86,8 @@ def can_be_typed(span: str) -> bool:
 
 def documents(root: Path) -> list[Document]:
     """All Markdown files that belong to the checkout `root`."""
-    listed = subprocess.check_output(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.md"],
-        cwd=root,
-        text=True,
-    )
-    paths = [root / name for name in sorted(filter(None, listed.split("\0")))]
-    return [Document(path, path.read_text()) for path in paths if path.exists()]
+    paths = [root / name for name in project_files() if name.endswith(".md")]
+    return [Document(path, path.read_text()) for path in paths]
 
 
 def broken_links(document: Document) -> list[str]:

@@ -1,13 +1,12 @@
 """`examples/small_cnn.patch`, as a new user applies it: the project works on the new model."""
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from checkout import copy_checkout
 from data_files import Digits, Pair, write_idx
 from processes import ROOT, Ended, command, completed_run, metrics
 
@@ -21,10 +20,7 @@ FLAGS = ["train_ddp.py", "--data=fashion", "--epochs=2", "--global-batch-size=16
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This project's files with the patch applied, and a folder `fashion` of images beside them."""
     directory = tmp_path_factory.mktemp("clone")
-    listed = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True)
-    for name in filter(None, listed.split("\0")):
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, directory / name)
+    copy_checkout(directory)
     for words in (["git", "init", "--quiet"], ["git", "apply", PATCH]):
         ended = command(directory, *words)
         assert ended.code == 0, ended.err

@@ -34,8 +34,7 @@ def identify(path: Path, boot: str) -> dict[str, Any]:
     """
     try:
         directory = next(place for place in (path, *path.parents) if place.exists())
-        # Opening it makes NFS ask its server again.
-        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        handle = os.open(directory, os.O_RDONLY)  # opening makes NFS ask its server again
         status = os.fstat(handle)
         os.close(handle)
     except OSError as error:
