@@ -8,6 +8,8 @@ import pytest
 import torch
 from processes import ROOT, completed_run
 
+from mnist_dist.lock import FileLock
+
 SHARED = Path(os.environ.get("MNIST_DIST_SHARED_DATA", ROOT.parent / "shared" / "data")).resolve()
 
 # Tests wait as much as they compute: three at a time take half as long as one after the other, on
@@ -18,6 +20,21 @@ _AT_A_TIME = 3
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """How many processes run the tests: none but this one if some tests are named."""
     return _AT_A_TIME if config.args == config.getini("testpaths") else 0
+
+
+# What takes longest comes first, so that the processes end at about the same time.
+_FIRST = ("slurm", "faults", "hosts", "gpu", "gpu_emulated", "commands")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the tests by their folders."""
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return _FIRST.index(folder) if folder in _FIRST else len(_FIRST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -44,15 +61,30 @@ def full_mnist() -> Path:
     return SHARED
 
 
+def trained_once(factory: pytest.TempPathFactory, name: str, world_size: int, *flags: str) -> Path:
+    """A completed run that all processes of this test session share."""
+    base = factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    lock = FileLock(root / f"{name}.lock")
+    lock.acquire(wait=250, notify=print)
+    try:
+        if (root / name / "done").exists():
+            return root / name / f"run-{world_size}"
+        run = completed_run(root / name, world_size, *flags)
+        (root / name / "done").touch()
+        return run
+    finally:
+        lock.release()
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A completed run on the bundled digits, good enough to be used. To be read only."""
-    return completed_run(tmp_path_factory.mktemp("trained"), 1, "--data=bundled", "--recipe=tuned")
+    return trained_once(tmp_path_factory, "trained", 1, "--data=bundled", "--recipe=tuned")
 
 
 @pytest.fixture(scope="session")
 def trained_on_all(full_mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short tuned run on full MNIST, in two processes. To be read only."""
-    directory = tmp_path_factory.mktemp("trained-on-all")
     flags = [f"--data={full_mnist}", "--recipe=tuned", "--epochs=5"]
-    return completed_run(directory, 2, *flags)
+    return trained_once(tmp_path_factory, "trained-on-all", 2, *flags)
