@@ -20,18 +20,14 @@ shift 3
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 if [ -z "${PROCESSES:-}" ]; then
-  PROCESSES=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+  PROCESSES=$(PYTHONPATH=$repository python -m mnist_dist.distributed.gpu_count)
   [ "$PROCESSES" -gt 0 ] || PROCESSES=2
 fi
 
 # Check the name, and that the port is free (on HEAD) or reachable (elsewhere); find the interface.
 found=$(PYTHONPATH=$repository python -m mnist_dist.distributed.network "$head" "$port" "$node_rank")
-read -r interface address <<<"$found" || true
-interface=${INTERFACE:-$interface}
-if [ -n "${INTERFACE:-}" ]; then
-  address=$(ip -4 -o addr show dev "$INTERFACE" | sed -n 's/.*inet \([0-9.]*\).*/\1/p;q')
-  export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE}
-fi
+read -r address interface <<<"$found" || true
+[ -z "${INTERFACE:-}" ] || export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE}
 [ -z "$interface" ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
 
 # Torch 2.13 cannot take a host in while its agents share their store with the processes.
@@ -39,9 +35,13 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # HEAD may know itself by another name or address than the others do.
 if [ "$node_rank" = 0 ]; then endpoint=localhost:$port is_host=1; else endpoint=$head:$port is_host=0; fi
 
+# Under nohup, torchrun must not handle SIGHUP: it is ignored then.
+signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGUSR2
+[[ $(trap -p HUP) == "trap -- '' "* ]] || signals=$signals,SIGHUP
+
 exec torchrun --nnodes="$hosts" --nproc_per_node="$PROCESSES" \
   --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="${RUN_ID:-$head-$port}" \
   --rdzv-conf="is_host=$is_host,last_call_timeout=5${RDZV_CONF:+,$RDZV_CONF}" ${address:+--local-addr="$address"} \
   --max-restarts="${MAX_RESTARTS:-3}" \
-  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
+  --signals-to-handle="$signals" \
   "$repository/train_ddp.py" "$@"

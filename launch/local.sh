@@ -7,14 +7,18 @@ set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${PROCESSES:-}" ]; then
-  PROCESSES=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+  PROCESSES=$(PYTHONPATH=$repository python -m mnist_dist.distributed.gpu_count)
   [ "$PROCESSES" -gt 0 ] || PROCESSES=2
 fi
-# torchrun's own default is one thread a process, whatever the cores.
-threads=$(($(nproc) / PROCESSES))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+# 1 is torchrun's default, in whose place the job chooses a number by CPUs and quota.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
+# Under nohup, torchrun must not handle SIGHUP: it is ignored then.
+signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGUSR2
+[[ $(trap -p HUP) == "trap -- '' "* ]] || signals=$signals,SIGHUP
+
+# --local-addr: this host's own name may resolve nowhere, and torchrun waits minutes for it.
 # --standalone takes a free port, so that two jobs on this node do not share one.
-exec torchrun --standalone --nproc_per_node="$PROCESSES" --max-restarts="${MAX_RESTARTS:-0}" \
-  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
+exec torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node="$PROCESSES" --max-restarts="${MAX_RESTARTS:-0}" \
+  --signals-to-handle="$signals" \
   "$repository/train_ddp.py" "$@"

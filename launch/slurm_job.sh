@@ -17,7 +17,8 @@ fi
 set -u # not before: some activation scripts do not bear it
 
 # One process per GPU where there are GPUs, else per task of the header.
-tasks_per_node=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
+tasks_per_node=${SLURM_GPUS_ON_NODE:-0}
+[ "$tasks_per_node" -gt 0 ] || tasks_per_node=${SLURM_NTASKS_PER_NODE:-1}
 cpus_per_task=${SLURM_CPUS_PER_TASK:-1}
 # Since Slurm 22.05 srun does not take it over by itself.
 export SRUN_CPUS_PER_TASK=$cpus_per_task

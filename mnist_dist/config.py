@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 from mnist_dist.dimensions import IMAGE_SIDE
 from mnist_dist.errors import UserError
+from mnist_dist.files import read_regular
 from mnist_dist.flags import check_value, flag, given_flags
 
 # Where a run lives, not what it computes.
+_LARGEST_FILE = 1 << 20  # bytes
 _NOT_SAVED = frozenset({"config", "run_dir"})
 
 # Settings of version 0.1.0 with the values that its config.json may hold.
@@ -245,7 +247,7 @@ def _read_config_file(path: str) -> dict[str, Any]:
         UserError: names the file, the setting, its value and the remedy.
     """
     try:
-        values = json.loads(Path(path).read_text())
+        values = json.loads(read_regular(Path(path), _LARGEST_FILE))
     except OSError as error:
         raise UserError(
             f"--config {path}: {error.strerror}; give the config.json of a run"

@@ -1,6 +1,18 @@
 """The ways a run ends early that are no bug: said once, in one line, without a traceback."""
 
+import contextlib
+import sys
 from typing import ClassVar, Literal
+
+
+def print_line(line: str) -> None:
+    """Print `mnist-dist: LINE` on stderr, unless its terminal is gone, its disk full or it closed.
+
+    In one write, so that lines of several ranks do not mix.
+    """
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sys.stderr.write(f"mnist-dist: {line}\n")
+        sys.stderr.flush()
 
 
 class ReportedError(Exception):

@@ -149,7 +149,7 @@ def _find_data(config: EvaluateConfig, trained: TrainedModel) -> DataLocation:
     if config.data is not None:
         return find_data(config.data, cache_dir)
     try:
-        return find_data(trained.data, cache_dir)
+        return find_data(trained.data or "auto", cache_dir)
     except DataError as error:
         raise UserError(
             f"{error.problem} (the --data in config.json of the run of {trained.checkpoint}); "
@@ -171,9 +171,10 @@ def _handle_other_data(
     if config.data is not None:
         warn(f"--data {config.data}: not the data that {trained.checkpoint} was trained on")
         return
+    cause = "" if trained.data else ": the run's config.json, which names it, is missing or damaged"
     raise UserError(
         f"{trained.checkpoint} was trained on other data than what was found "
-        f"({dataset.description}); give --data with the path of the data to evaluate on"
+        f"({dataset.description}){cause}; give --data with the path of the data to evaluate on"
     )
 
 

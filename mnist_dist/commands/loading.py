@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,8 @@ class TrainedModel:
     """`Dataset.fingerprint` of the training data."""
     train_samples: int | None
     """Number of training samples; None: all."""
-    data: str = "auto"
-    """The run's --data, if its config.json is found."""
+    data: str | None = None
+    """The run's --data, if its config.json is found and sound."""
     cache_dir: str | None = None
     """The run's --cache-dir, if its config.json is found."""
 
@@ -96,7 +97,7 @@ def find_checkpoint(path: Path) -> Path:
         fault = "is no file" if path.exists() else "no such file or directory"
         raise UserError(f"{path}: {fault}; {_REMEDY}")
     for best in (path / "checkpoints" / "best.pt", path / "best.pt"):
-        if best.is_file():
+        if os.path.lexists(best):
             return best
     steps = sorted((path / "checkpoints").glob("step_*.pt"))
     if steps:

@@ -92,11 +92,20 @@ def _cached(entry: Path, source: str | None) -> DataLocation:
     dataset, memory = cache.hold(entry)
     if entry.name == MNIST_ENTRY and dataset.fingerprint != MNIST_SHA256:
         raise DataError(f"{entry}: is not MNIST", cache.REMEDY)
-    description = dataset.description
     if source is not None:
         # The same content may have been converted from another path.
         description = describe(dataset.splits, dataset.fingerprint, source)
-    return DataLocation(entry, description, (), memory)
+        dataset = replace(dataset, description=description)
+    return DataLocation(entry, dataset.description, _doubts(dataset), memory)
+
+
+def _doubts(dataset: Dataset) -> tuple[str, ...]:
+    if dataset.fingerprint == MNIST_SHA256 or not bundled.are_transposed(dataset.test):
+        return ()
+    return (
+        f"{dataset.description}: the digits look transposed, as in EMNIST's files; give "
+        "those their own names (emnist-digits-*, emnist-mnist-*), and they are turned upright",
+    )
 
 
 def _write(dataset: Dataset, target: cache.CacheDir, entry: Path) -> DataLocation:
@@ -113,7 +122,8 @@ def _write_to(target: cache.CacheDir, dataset: Dataset, name: str) -> DataLocati
     kept = target.directory / name
     cache.write(kept, dataset)
     _, memory = cache.hold(kept)
-    return DataLocation(kept, dataset.description, target.warnings, memory)
+    warnings = (*target.warnings, *_doubts(dataset))
+    return DataLocation(kept, dataset.description, warnings, memory)
 
 
 def _get_mnist(directory: Path, target: cache.CacheDir) -> DataLocation:

@@ -94,6 +94,8 @@ class Launch:
     """CPUs that Slurm allocated to this process; None without Slurm."""
     job_id: str | None = None
     """Identifies the job across torchrun restarts and Slurm requeues; None if nothing does."""
+    by_hand: bool = False
+    """Whether another program than torchrun set torchrun's variables."""
 
     @property
     def spans_nodes(self) -> bool:
@@ -108,6 +110,19 @@ class Launch:
         if self.launcher == "none":
             return "1 process"
         return f"{self.world_size} process{'es' * (self.world_size > 1)} ({self.launcher})"
+
+    @property
+    def missing_ranks_hint(self) -> str:
+        """What must start the ranks that do not come, and how to train without them."""
+        if self.by_hand:
+            variables = " ".join(_TORCHRUN)
+            return f"start a process for each rank, or train alone after `unset {variables}`"
+        if self.launcher == "srun":
+            return (
+                f"one `srun --ntasks={self.world_size} python` must start them all; in a shell of "
+                "one task, train alone after `unset SLURM_STEP_NUM_TASKS`"
+            )
+        return f"torchrun must start them, on {'every node' if self.spans_nodes else 'this node'}"
 
     @property
     def program(self) -> str:
@@ -220,6 +235,7 @@ def _read_torchrun(environment: Mapping[str, str]) -> Launch:
         and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         cpus_per_task=max(1, cpus // local_world_size) if cpus else None,
         job_id=_slurm_job_id(environment) or _torchrun_job_id(environment),
+        by_hand="TORCHELASTIC_RUN_ID" not in environment,
     )
 
 

@@ -1,17 +1,21 @@
 """Check how this node reaches the rendezvous endpoint: its name, its port, and the interface.
 
 `python -m mnist_dist.distributed.network HOST PORT NODE_RANK` checks and waits, then prints this
-node's interface and address towards HOST, for launch scripts. They need it to start fast, which is
+node's address and interface towards HOST, for launch scripts. They need it to start fast, which is
 why it is a module apart from `rendezvous`: it must not import torch.
 """
 
+import contextlib
 import fcntl
+import ipaddress
 import os
 import socket
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 from mnist_dist.errors import RendezvousError, ReportedError
 
@@ -39,8 +43,7 @@ def resolve(host: str, port: int, deadline: float) -> str:
     deadline = min(deadline, time.monotonic() + _RESOLVE_S)
     while True:
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            return str(min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
+            return _look_up(host, port)[1]
         except OSError as error:
             if time.monotonic() > deadline:
                 raise RendezvousError(
@@ -65,7 +68,7 @@ def wait_until_reachable(
     started, notified = time.monotonic(), False
     while True:
         try:
-            socket.create_connection((address, port), timeout=5).close()
+            socket.create_connection((host, port), timeout=5).close()
             return
         except OSError as error:
             problem = (
@@ -107,32 +110,125 @@ def require_free(host: str, port: int) -> None:
 
 
 def interfaces() -> dict[str, str]:
-    """Return this node's network interfaces with their IPv4 addresses, "" for those without."""
-    return {name: _address_of(name) or "" for _, name in socket.if_nameindex()}
+    """Return this node's network interfaces with an address of each, "" for those without.
+
+    The address is the IPv4 address, else the global IPv6 address.
+    """
+    return {name: next(iter(_addresses_of(name)), "") for _, name in socket.if_nameindex()}
 
 
 def interface_towards(address: str) -> tuple[str, str] | None:
-    """Return the name and IPv4 address of the interface through which this node reaches `address`.
+    """Return the name and address of the interface through which this node reaches `address`.
 
     On the node that has `address`, where it may resolve to the loopback, this is the interface
     with that address, else the first that is neither loopback nor virtual.
 
     Returns:
-        None if it cannot be determined: no IPv4, or not Linux.
+        None if it cannot be determined: no route, or not Linux.
     """
-    addresses = interfaces()
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, 9))  # sends nothing: asks for the route only
-            source = probe.getsockname()[0]
-        except OSError:
+    try:
+        kind, target = _look_up(address, 9)
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))  # sends nothing: asks for the route only
+            source: str = probe.getsockname()[0]
+    except OSError:
+        return None
+    known = interfaces()
+    for name in known:
+        if source in _addresses_of(name) and not _is_loopback(source):
+            return name, source
+    real = [(n, a) for n, a in known.items() if a and not _is_loopback(a)]
+    real = [found for found in real if not found[0].startswith(_VIRTUAL)]
+    return real[0] if _is_loopback(source) and real else None
+
+
+@dataclass(frozen=True)
+class Interface:
+    """Where this rank listens for its peers."""
+
+    name: str = ""
+    """Empty where the address of the host's own name is used."""
+    address: str = ""
+    error: str | None = None
+    """Why no peer can be reached through it; names the variable that selects it."""
+
+
+def interface_remedy(known: Mapping[str, str], spans_nodes: bool) -> str:
+    """Return what to set a variable to that names a wrong one of a node's interfaces."""
+    outward = [name for name, address in known.items() if address and not _is_loopback(address)]
+    choices = " or ".join([*outward, *([] if spans_nodes else ["lo"])])
+    return f"set it to {choices}, or unset it" if choices else "unset it"
+
+
+def gloo_interface(spans_nodes: bool, master_addr: str) -> Interface:
+    """Return the interface for gloo: the user's, or the one that leads to the first node.
+
+    Gloo's own choice is the one that this host's name resolves to, which is often the loopback.
+    """
+    named = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    if not named:
+        found = interface_towards(master_addr) if spans_nodes else None
+        return Interface(*found) if found else Interface(address=_own_address())
+    known = interfaces()
+    chosen = {name: known.get(name) for name in named.split(",")}
+    name, address = next(iter(chosen.items()))
+    if unknown := next((name for name in chosen if chosen[name] is None), None):
+        problem = f"there is no interface {unknown}"
+    elif bare := next((name for name in chosen if not chosen[name]), None):
+        problem = f"{bare} has no address"
+    elif spans_nodes and address and _is_loopback(address):
+        problem = f"{name} reaches no other node"
+    else:
+        return Interface(named, address or "")
+    return Interface(named, "", f"GLOO_SOCKET_IFNAME={named}: {problem}")
+
+
+def own_name_problem() -> str | None:
+    """Return why other programs cannot reach this host under its own name, None if they can.
+
+    Torchrun's agent connects to that name, and waits five minutes for it.
+    """
+    name = socket.getfqdn()  # as torchrun
+    try:
+        found = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        return f"{name} does not resolve ({getattr(error, 'strerror', None) or error})"
+    for kind, _, _, _, address in found:
+        with contextlib.suppress(OSError), socket.socket(kind, socket.SOCK_STREAM) as probe:
+            probe.bind(address)
             return None
-    outward = {n: a for n, a in addresses.items() if a and not a.startswith("127.")}
-    for name, outward_address in outward.items():
-        if outward_address == source:
-            return name, outward_address
-    real = [(n, a) for n, a in outward.items() if not n.startswith(_VIRTUAL)]
-    return real[0] if source.startswith("127.") and real else None
+    return f"{name} resolves to {found[0][4][0]}, which is no address of this host"
+
+
+def _look_up(host: str, port: int) -> tuple[socket.AddressFamily, str]:
+    """Return an address of `host` and its kind, IPv4 if it has one, or raise OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    kind, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    return kind, str(address[0])
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
+
+
+def _own_address() -> str:
+    """Return gloo's default: the address of the host's name, if the host has that address."""
+    with contextlib.suppress(OSError, UnicodeError), socket.socket() as probe:
+        address = socket.gethostbyname(socket.gethostname())
+        probe.bind((address, 0))
+        return address
+    return "127.0.0.1"
+
+
+def _addresses_of(interface: str) -> list[str]:
+    """Return the IPv4 address of an interface, then its IPv6 addresses but for link-local ones."""
+    addresses = [found] if (found := _address_of(interface)) else []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
+            digits, _, _, scope, _, name = line.split()
+            if name == interface and scope in ("00", "10"):  # global, host
+                addresses.append(str(ipaddress.IPv6Address(int(digits, 16))))
+    return addresses
 
 
 def _address_of(interface: str) -> str | None:
@@ -152,7 +248,7 @@ def _reason(error: OSError) -> str:
 
 def main() -> int:
     """Check, wait and print as the module's docstring says; return the exit code."""
-    host, port, node_rank = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    host, port, node_rank = sys.argv[1].strip("[]"), int(sys.argv[2]), int(sys.argv[3])
     timeout = float(os.environ.get("SETUP_TIMEOUT", "600"))
     deadline = time.monotonic() + timeout
     try:
@@ -167,7 +263,20 @@ def main() -> int:
     except ReportedError as error:
         print(f"mnist-dist: error: {error}", file=sys.stderr)
         return error.exit_code
-    print(*(interface_towards(address) or ("", "")))
+    if name := os.environ.get("INTERFACE"):
+        known = interfaces()
+        if not known.get(name):
+            problem = "has no address" if name in known else "is no interface of this host"
+            choices = ", ".join(each for each, address in known.items() if address)
+            print(
+                f"mnist-dist: error: INTERFACE={name} {problem}; give one of {choices}",
+                file=sys.stderr,
+            )
+            return 2
+        print(known[name], name)
+        return 0
+    interface, own = interface_towards(address) or ("", address if node_rank == 0 else "")
+    print(own, interface)
     return 0
 
 

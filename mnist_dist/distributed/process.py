@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import errors as elastic_errors
 
 from mnist_dist.distributed.failures import PeerLostError, wait_until_printed
-from mnist_dist.errors import NodeError, RendezvousError, ReportedError
+from mnist_dist.errors import NodeError, RendezvousError, ReportedError, print_line
 from mnist_dist.torch_internals import default_store
 
 # How long a rank with an error of its own waits for rank 0 to print it.
@@ -49,8 +49,7 @@ def _run_rank(work: Callable[[Launch], None]) -> int:
     except ReportedError as error:
         return exit_with_error(launch, error)
     except PeerLostError as error:
-        # One write: print would end the line with a second one, and other ranks print this too.
-        sys.stderr.write(f"mnist-dist: rank {launch.rank} ends: {error}\n")
+        print_line(f"rank {launch.rank} ends: {error}")
         hard_exit(1)
     except KeyboardInterrupt:  # before training, which handles the signal itself and saves
         hard_exit(130)
@@ -79,8 +78,8 @@ def exit_with_error(launch: Launch, error: ReportedError) -> int:
     is_of_node = isinstance(error, (RendezvousError, NodeError))
     prints = launch.rank == 0 or (is_of_node and launch.local_rank == 0)
     if prints:
-        print(f"mnist-dist: {error.kind}: {error}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
+        print_line(f"{error.kind}: {error}")
+    if dist.is_initialized() and not is_of_node:
         wait_until_printed(default_store(), launch.rank)
         # Left to the interpreter's shutdown, gloo's threads abort the process now and then.
         dist.destroy_process_group()

@@ -6,21 +6,24 @@ to connect to the dead: most restarts fail so (measured with torch 2.13). Here r
 part of the store for each generation, its generation store, and confirms the processes in it.
 """
 
+import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from mnist_dist.distributed.failures import format_ranks
+from mnist_dist.distributed.failures import brief, format_ranks
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.network import require_free, wait_until_reachable
 from mnist_dist.distributed.store import StoreMailbox
-from mnist_dist.errors import RendezvousError
+from mnist_dist.errors import NodeError, RendezvousError, UserError
 
 _POLL_S = 0.02
+_LEAVE_S = 2.0
+_NOTICE_S = 10.0
 
 
 def rendezvous(
@@ -45,12 +48,13 @@ def rendezvous(
     if launch.is_store_host:
         require_free(address, port)
     else:
-        wait_until_reachable(address, port, deadline, notify)
+        hint = f"; {launch.missing_ranks_hint}" if launch.by_hand else ""
+        wait_until_reachable(address, port, deadline, lambda line: notify(line + hint))
     shared = _open(address, port, launch.is_store_host, deadline)
-    where = f"{address}:{port}"
+    where = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
     if launch.rank == 0:
-        return _host(shared, launch.world_size, where, deadline, flag)
-    return _join(shared, launch.rank, where, deadline, flag)
+        return _host(shared, launch, where, deadline, flag, notify)
+    return _join(shared, launch, where, deadline, flag, notify)
 
 
 def _open(address: str, port: int, is_store_host: bool, deadline: float) -> Store:
@@ -88,31 +92,51 @@ def _open(address: str, port: int, is_store_host: bool, deadline: float) -> Stor
     return opened[0]
 
 
-def _host(shared: Store, world_size: int, where: str, deadline: float, flag: str) -> Store:
+def _host(
+    shared: Store,
+    launch: Launch,
+    where: str,
+    deadline: float,
+    flag: str,
+    notify: Callable[[str], None],
+) -> Store:
     """Open a generation as rank 0, wait for every rank's token, and confirm the tokens."""
-    generation = uuid.uuid4().hex
+    generation, world_size = uuid.uuid4().hex, launch.world_size
     generation_store = PrefixStore(generation, shared)
     mailbox = StoreMailbox(generation_store, "rendezvous")
     mailbox.publish("token/0", generation)
     _current(shared).publish("generation", generation)
-    tokens = mailbox.collect([f"token/{rank}" for rank in range(world_size)], deadline)
-    if missing := [rank for rank, token in enumerate(tokens) if token is None]:
+    keys = [f"token/{rank}" for rank in range(world_size)]
+    for until in (min(deadline, time.monotonic() + _NOTICE_S), deadline):
+        tokens = mailbox.collect(keys, until)
+        ranks = [rank for rank, token in enumerate(tokens) if token is None]
+        if ranks and until < deadline:
+            notify(_waiting_for(ranks, launch))
+    if ranks:
         raise RendezvousError(
-            f"{format_ranks(missing)} of {world_size} did not reach the rendezvous endpoint "
-            f"{where} in time; see their output, or raise {flag}"
+            f"{format_ranks(ranks)} of {world_size} did not reach the rendezvous endpoint "
+            f"{where} in time; see their output ({launch.missing_ranks_hint}), or raise {flag}"
         )
     mailbox.publish("confirmed", tokens)
     return generation_store
 
 
-def _join(shared: Store, rank: int, where: str, deadline: float, flag: str) -> Store:
+def _join(
+    shared: Store,
+    launch: Launch,
+    where: str,
+    deadline: float,
+    flag: str,
+    notify: Callable[[str], None],
+) -> Store:
     """Leave a token in the current generation as another rank, until rank 0 confirms it.
 
     For a moment the current generation may be a dead one: what was confirmed there is another
     process's token.
     """
-    token, joined = uuid.uuid4().hex, None
-    while time.monotonic() < deadline:
+    rank, token, joined = launch.rank, uuid.uuid4().hex, None
+    notice = time.monotonic() + _NOTICE_S
+    while (now := time.monotonic()) < deadline:
         if generation := _current(shared).read("generation"):
             generation_store = PrefixStore(generation, shared)
             mailbox = StoreMailbox(generation_store, "rendezvous")
@@ -122,6 +146,9 @@ def _join(shared: Store, rank: int, where: str, deadline: float, flag: str) -> S
                 joined = generation
             elif confirmed is not None and confirmed[rank : rank + 1] == [token]:
                 return generation_store
+        if joined is None and now > notice:  # else rank 0 knows who is missing
+            notify(_waiting_for([0], launch))
+            notice = deadline
         time.sleep(_POLL_S)
     raise RendezvousError(
         f"rank {rank}: rank 0 did not open the rendezvous at {where} in time; see its output, "
@@ -129,5 +156,90 @@ def _join(shared: Store, rank: int, where: str, deadline: float, flag: str) -> S
     )
 
 
+def _waiting_for(ranks: Collection[int], launch: Launch) -> str:
+    return (
+        f"rank {launch.rank} on {socket.gethostname()} is waiting for {format_ranks(ranks)} of "
+        f"{launch.world_size}: {launch.missing_ranks_hint}"
+    )
+
+
 def _current(shared: Store) -> StoreMailbox:
     return StoreMailbox(shared, "mnist-dist")
+
+
+def connect_ranks(
+    connect: Callable[[], None], launch: Launch, store: Store, timeout: float
+) -> None:
+    """Run `connect`, by which the ranks form their process group, and end it on all if one fails.
+
+    It runs in a thread, since a backend may wait far longer than it should for a peer that failed,
+    or for addresses that lead nowhere.
+
+    Args:
+        connect: called on every rank.
+        launch: this process's place in the job.
+        store: what the ranks share.
+        timeout: seconds until this gives up.
+
+    Raises:
+        NodeError: on all ranks, if `connect` raised a UserError on one; the text names the rank.
+        RendezvousError: on all ranks, if it raised another error or took too long.
+    """
+    outcome: list[Exception | None] = []
+
+    def run() -> None:
+        try:
+            connect()
+            outcome.append(None)
+        except Exception as error:
+            outcome.append(error)
+
+    threading.Thread(target=run, name="connect", daemon=True).start()
+    # A connection of its own: while gloo waits for a peer, no other call of the same one returns.
+    mailbox = StoreMailbox(store.clone(), "group")  # type: ignore[attr-defined]
+    deadline = time.monotonic() + timeout
+    keys, formed = [f"formed/{rank}" for rank in range(launch.world_size)], False
+    try:
+        while True:
+            if failure := mailbox.read("failure"):
+                code, text = failure
+                _leave_together(mailbox, launch)
+                raise NodeError(text) if code == NodeError.exit_code else RendezvousError(text)
+            if outcome and outcome[0] is None:
+                if not formed:
+                    mailbox.publish(keys[launch.rank], formed := True)
+                if None not in mailbox.collect(keys, time.monotonic() + _POLL_S):
+                    return
+            elif outcome or time.monotonic() > deadline:
+                mailbox.publish("failure", _describe_failure(launch, outcome, timeout))
+            else:
+                time.sleep(_POLL_S / 4)
+    except RuntimeError as error:
+        raise RendezvousError(
+            f"rank {launch.rank} lost the rendezvous endpoint while the ranks connected "
+            f"({brief(error)}); see rank 0's output"
+        ) from error
+
+
+def _leave_together(mailbox: StoreMailbox, launch: Launch) -> None:
+    """Keep rank 0, which may host the store, until every rank has read the failure."""
+    keys = [f"left/{rank}" for rank in range(launch.world_size)]
+    mailbox.publish(keys[launch.rank], True)
+    if launch.rank == 0:
+        mailbox.collect(keys, time.monotonic() + _LEAVE_S)
+
+
+def _describe_failure(
+    launch: Launch, outcome: Sequence[Exception | None], timeout: float
+) -> tuple[int, str]:
+    """Return the exit code and the text for the ranks of a group that could not be formed."""
+    error = outcome[0] if outcome else None
+    place = f"rank {launch.rank} on {socket.gethostname()}"
+    if isinstance(error, UserError):
+        several = launch.local_world_size < launch.world_size
+        return NodeError.exit_code, f"{place}: {error}" if several else str(error)
+    reason = brief(error) if error else f"no connection within {timeout:g} s"
+    return RendezvousError.exit_code, (
+        f"the ranks could not connect to each other ({place}: {reason}); `mnist-dist doctor` in "
+        "place of the job finds out which cannot, and GLOO_SOCKET_IFNAME selects the interface"
+    )

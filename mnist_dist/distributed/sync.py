@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from mnist_dist.distributed.launch_queue import LaunchQueue
 from mnist_dist.distributed.world import World, as_bytes, as_numbers
+from mnist_dist.errors import print_line
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # Slurm signals every process and torchrun forwards its own copy: copies this close are one request.
 _SAME_REQUEST_S = 2.0
 # Seconds between two syncs, and so until a stop is noticed. A sync costs a few ms, none at W = 1.
@@ -25,7 +25,7 @@ _GRACE_S = 5.0
 
 
 class StopRequest:
-    """A flag set by SIGTERM, SIGINT, SIGUSR1 and SIGUSR2. Nothing else happens in a handler."""
+    """A flag set by each of `_SIGNALS`. Nothing else happens in a handler."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -42,7 +42,9 @@ class StopRequest:
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in _SIGNALS:
-            signal.signal(number, lambda *_: None)
+            # Inherited as ignored, by `nohup`: the job is to outlive its terminal.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
         threading.Thread(target=self._read, args=(reader,), name="signals", daemon=True).start()
 
     def _read(self, reader: int) -> None:
@@ -55,7 +57,7 @@ class StopRequest:
         if self.signal == 0:
             self.signal, self._since = number, now
         elif now - self._since > _SAME_REQUEST_S:
-            print("mnist-dist: second stop request: exiting without saving", file=sys.stderr)
+            print_line("second stop request: exiting without saving")
             os._exit(128 + number)
 
 

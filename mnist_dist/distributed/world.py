@@ -3,7 +3,6 @@
 import contextlib
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,13 +31,18 @@ from mnist_dist.distributed.failures import (
     is_comm_error,
 )
 from mnist_dist.distributed.launcher import Launch
-from mnist_dist.distributed.network import interface_towards
-from mnist_dist.distributed.rendezvous import rendezvous
+from mnist_dist.distributed.network import gloo_interface, interface_remedy, interfaces
+from mnist_dist.distributed.rendezvous import connect_ranks, rendezvous
 from mnist_dist.distributed.store import StoreMailbox
-from mnist_dist.errors import JobError, ReportedError, UserError
+from mnist_dist.errors import JobError, RendezvousError, ReportedError, UserError, print_line
 from mnist_dist.torch_internals import set_group_timeout
 
 T = TypeVar("T")
+
+# How long a rank that cannot take part waits for its peers, to let them end with the same cause.
+_FAULT_S = 60.0
+# The least time for the ranks to connect after a rendezvous that took almost all of the time.
+_CONNECT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -232,17 +236,22 @@ def init_distributed(
         UserError: the device is not there, or the backend does not fit it.
         RendezvousError: the ranks did not meet.
     """
-    chosen = pick_device(launch, device, _warn if launch.rank == 0 else lambda line: None)
-    name = pick_backend(launch, chosen, device, backend)
+    deadline = time.monotonic() + timeout
+    chosen, name, fault = _pick(launch, device, backend)
     set_threads(launch)
     if launch.world_size == 1:
         yield World(launch, chosen, "none")
         return
     use_batch_scheduling()
-    notify = _print if launch.local_rank == 0 else lambda line: None
-    store = rendezvous(launch, timeout, notify)
-    _check_devices(launch, chosen, device, store, timeout)
-    world = init_process_group(launch, chosen, name, store, timeout)
+    notify = print_line if launch.local_rank == 0 or launch.by_hand else lambda line: None
+    try:
+        # Peers learn of a fault once they are here; if they do not come, it is printed without.
+        store = rendezvous(launch, min(timeout, _FAULT_S) if fault else timeout, notify)
+    except RendezvousError as error:
+        raise fault or error from None
+    _check_devices(launch, chosen, device, store, timeout, fault)
+    left = max(_CONNECT_S, deadline - time.monotonic())
+    world = init_process_group(launch, chosen, name, store, timeout, left, fault)
     try:
         yield world
     except ReportedError:
@@ -256,8 +265,26 @@ def init_distributed(
     dist.destroy_process_group()
 
 
+def _pick(
+    launch: Launch, device: str, backend: str
+) -> tuple[torch.device, Backend, UserError | None]:
+    """Return device and backend, and why they cannot be used; raised at once without peers."""
+    try:
+        chosen = pick_device(launch, device, _warn if launch.rank == 0 else lambda line: None)
+        return chosen, pick_backend(launch, chosen, device, backend), None
+    except UserError as error:
+        if launch.world_size == 1:
+            raise
+        return torch.device("cpu"), "gloo", error
+
+
 def _check_devices(
-    launch: Launch, device: torch.device, wanted: str, store: Store, timeout: float
+    launch: Launch,
+    device: torch.device,
+    wanted: str,
+    store: Store,
+    timeout: float,
+    fault: UserError | None,
 ) -> None:
     """Check that all ranks use GPUs or all use CPUs: they could not form a group otherwise.
 
@@ -265,7 +292,7 @@ def _check_devices(
         UserError: on all ranks, if not.
     """
     mailbox = StoreMailbox(store, "devices")
-    mailbox.publish(f"{launch.rank}", device.type)
+    mailbox.publish(f"{launch.rank}", "none" if fault else device.type)
     keys = [f"{rank}" for rank in range(launch.world_size)]
     found = mailbox.collect(keys, time.monotonic() + timeout)
     on_gpus = [rank for rank, kind in enumerate(found) if kind == "cuda"]
@@ -284,25 +311,41 @@ def init_process_group(
     backend: Backend,
     store: Store,
     timeout: float,
+    connect_timeout: float | None = None,
+    fault: UserError | None = None,
 ) -> World:
     """Form the process group of the ranks that share `store`, each with its own `device`.
 
+    Args:
+        launch: this process's place among the others.
+        device: of this process.
+        backend: for what is on `device`.
+        store: from `rendezvous`.
+        timeout: seconds for each collective.
+        connect_timeout: seconds for the group to form; `timeout` by default.
+        fault: why this rank cannot take part.
+
     Raises:
-        UserError: ranks that are to use NCCL have the same GPU.
-        RuntimeError: the backend could not connect the ranks within `timeout` seconds.
+        UserError: a rank has a fault or a wrong GLOO_SOCKET_IFNAME, or two have the same GPU.
+        RendezvousError: the backend could not connect the ranks in time.
     """
-    if launch.spans_nodes:
-        _choose_interface(launch.master_addr or "")
     # NCCL moves what is on GPUs only: flags, checksums and objects go over gloo, which notices at
     # once when a rank dies. See LaunchQueue for why NCCL's watchdog is off; graphs need that, too.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
-        store=PrefixStore("group", store),
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timedelta(seconds=timeout),
-    )
+
+    def connect() -> None:
+        if fault:
+            raise fault
+        _choose_interface(launch)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
+            store=PrefixStore("group", store),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timedelta(seconds=timeout),
+        )
+
+    connect_ranks(connect, launch, store, connect_timeout or timeout)
     deprioritize_gloo()
     failures = FailureStore(store, launch.rank, launch.world_size)
     world = World(launch, device, backend, failures)
@@ -338,21 +381,21 @@ def _connect_gpus(world: World) -> None:
     world.run_on_all(connect)
 
 
-def _print(line: str) -> None:
-    print(f"mnist-dist: {line}", file=sys.stderr, flush=True)
+def _choose_interface(launch: Launch) -> None:
+    """Let gloo use the interface that leads to the first node, unless the user chose one.
 
-
-def _choose_interface(address: str) -> None:
-    """Let gloo use the interface that leads to the first host, unless the user chose one.
-
-    Gloo's own choice is the one that this host's name resolves to, which is often the loopback.
+    Raises:
+        UserError: the user's is not there, or reaches no other node.
     """
-    if "GLOO_SOCKET_IFNAME" not in os.environ and (found := interface_towards(address)):
-        os.environ["GLOO_SOCKET_IFNAME"] = found[0]
+    interface = gloo_interface(launch.spans_nodes, launch.master_addr or "")
+    if interface.error:
+        raise UserError(f"{interface.error}; {interface_remedy(interfaces(), launch.spans_nodes)}")
+    if interface.name:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface.name
 
 
 def _warn(line: str) -> None:
-    _print(f"warning: {line}")
+    print_line(f"warning: {line}")
 
 
 def _explain(error: Exception, world: World) -> None:
@@ -365,7 +408,6 @@ def _explain(error: Exception, world: World) -> None:
     assert failures is not None
     if not is_comm_error(error):
         failures.publish(describe(error))
-        line = f"mnist-dist: error: rank {failures.rank} failed: {describe(error)}"
-        print(line, file=sys.stderr, flush=True)
+        print_line(f"error: rank {failures.rank} failed: {describe(error)}")
         return
     raise PeerLostError(f"{failures.find_cause()} ({brief(error)})") from error

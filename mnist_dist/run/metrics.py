@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mnist_dist.atomic import sync_directory, write_atomically
 from mnist_dist.dimensions import IMAGE_PIXELS, IMAGE_SIDE
+from mnist_dist.files import read_regular
 from mnist_dist.run.logfile import LogFile
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _CHARTS = {
     "speed: samples per second": ["Multiline", ["perf/samples_per_second"]],
 }
 _BINS = 40
+_LARGEST_FILE = 1 << 28  # bytes of metrics.jsonl; a million epochs
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class MetricsWriter:
         # Takes 0.2 s, which only rank 0 has to spend.
         from mnist_dist.run.tensorboard import RunSummaryWriter, tags_at
 
-        content = self._path.read_bytes() if self._path.exists() else b""
+        content = read_regular(self._path, _LARGEST_FILE) if self._path.exists() else b""
         self.records, unsound = _read_until(content, epoch, step)
         if unsound:
             self._warn(

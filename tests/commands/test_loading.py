@@ -80,7 +80,7 @@ def test_a_model_loads_whatever_is_in_the_place_of_config_json(
     run = shutil.copytree(trained, tmp_path / "run")
     for _ in damaged_configs(run / "config.json"):
         loaded = load_trained(run)
-        assert (loaded.data, loaded.cache_dir) == ("auto", None)
+        assert (loaded.data, loaded.cache_dir) == (None, None)
 
 
 def test_importing_the_package_does_not_import_torch() -> None:

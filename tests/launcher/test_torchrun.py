@@ -1,6 +1,7 @@
 """The job under its real launchers: `torchrun` and plain `python`, as a user types them."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -63,6 +64,9 @@ def test_without_full_data_and_network_the_bundled_digits_are_used_and_said_once
     assert "warning" in line
     assert "--data" in line
     assert "bundled 5,000-digit subset" in ended.out
+    (better,) = re.findall(r"^better (.*) # ", ended.out, re.MULTILINE)
+    assert better.split()[::3] == ["torchrun", "--recipe"]
+    assert better.split()[-1] == "tuned"
 
 
 @pytest.mark.parametrize(

@@ -284,3 +284,20 @@ def test_full_mnist_transposed_as_in_emnist_is_bitwise_the_same(
     )
     emnist = write_named(tmp_path, whole, "emnist-mnist-{part}-{kind}-ubyte", transpose=True)
     assert read(emnist).fingerprint == MNIST_SHA256
+
+
+def test_digits_that_lie_transposed_are_warned_of_at_every_start(tmp_path: Path) -> None:
+    """EMNIST's files under MNIST's names, which train well and predict nothing."""
+    train, _, test = (
+        (split.images.numpy().reshape(-1, 28, 28), split.labels.numpy().astype(np.uint8))
+        for split in read("bundled").splits
+    )
+    upright = write_idx(tmp_path / "upright", Digits(train, test))
+    assert find_data(str(upright), None).warnings == ()
+    renamed = write_named(
+        tmp_path / "renamed", Digits(train, test), "{part}-{kind}-ubyte", transpose=True
+    )
+    for _ in range(2):
+        (warning,) = find_data(str(renamed), None).warnings
+        assert "look transposed, as in EMNIST" in warning
+        assert str(renamed) in warning

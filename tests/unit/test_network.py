@@ -103,7 +103,7 @@ def test_launch_scripts_get_one_line_that_says_what_is_wrong() -> None:
     assert re.fullmatch(expected, done.stderr)
 
 
-@pytest.mark.parametrize("module", ["network", "launcher"])
+@pytest.mark.parametrize("module", ["network", "launcher", "gpu_count"])
 def test_what_runs_before_torch_does_not_import_it(module: str) -> None:
     code = f"import sys, mnist_dist.distributed.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -16,6 +16,7 @@ from mnist_dist.commands.doctor.formatting import (
     name_ranks,
 )
 from mnist_dist.distributed.failures import format_ranges
+from mnist_dist.distributed.network import interface_remedy
 
 Payloads = Sequence[Any]
 """What each rank measured, in rank order."""
@@ -126,10 +127,7 @@ def check_interfaces(facts_by_rank: FactsByRank) -> list[Finding]:
     findings = []
     for error, ranks in broken.items():
         text = f"{error} ({name_ranks((facts.rank for facts in ranks), facts_by_rank)})"
-        known = ranks[0].interfaces.items()
-        outward = [name for name, address in known if address and not address.startswith("127.")]
-        choices = " or ".join([*outward, *([] if ranks[0].spans_nodes else ["lo"])])
-        remedy = f"set it to {choices}, or unset it" if choices else "unset it"
+        remedy = interface_remedy(ranks[0].interfaces, ranks[0].spans_nodes)
         findings.append(Finding("interface", "problem", text, remedy))
     if findings or len(facts_by_rank) == 1:
         return findings

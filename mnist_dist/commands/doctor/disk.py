@@ -34,7 +34,8 @@ def identify(path: Path, boot: str) -> dict[str, Any]:
     """
     try:
         directory = next(place for place in (path, *path.parents) if place.exists())
-        handle = os.open(directory, os.O_RDONLY)  # opening makes NFS ask its server again
+        # Opening it makes NFS ask its server again.
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         status = os.fstat(handle)
         os.close(handle)
     except OSError as error:

@@ -1,7 +1,6 @@
 """Collect the facts of one rank: versions, device, network, CPUs, settings."""
 
 import contextlib
-import ipaddress
 import os
 import socket
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from mnist_dist.distributed.devices import (
     set_threads,
 )
 from mnist_dist.distributed.launcher import Launch
-from mnist_dist.distributed.network import interface_towards, interfaces
+from mnist_dist.distributed.network import gloo_interface, interfaces
 from mnist_dist.errors import UserError
 from mnist_dist.run.environment import code_digest, environment_facts
 
@@ -89,7 +88,8 @@ def gather_facts(launch: Launch, device: str, backend: str) -> tuple[Facts, torc
     set_threads(launch)
     no_cuda = why_no_cuda() if device != "cpu" else None
     chosen, name, error, warning = _choose(launch, device, backend, no_cuda)
-    interface, address, interface_error = _gloo_interface(launch)
+    gloo = gloo_interface(launch.spans_nodes, launch.master_addr or "")
+    interface_error = gloo.error
     if name == "nccl":
         interface_error = interface_error or _nccl_interface_error()
     facts = Facts(
@@ -108,8 +108,8 @@ def gather_facts(launch: Launch, device: str, backend: str) -> tuple[Facts, torc
         device_warning=warning,
         gpus=read_gpus(no_cuda) if device != "cpu" else GpuFacts(),
         interfaces=interfaces(),
-        interface=interface,
-        address=address,
+        interface=gloo.name,
+        address=gloo.address,
         interface_error=interface_error,
         threads=torch.get_num_threads(),
         cpus=_cpus(),
@@ -148,43 +148,6 @@ def _cpus() -> list[int]:
     with contextlib.suppress(AttributeError):  # not on Linux
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
-
-
-def _gloo_interface(launch: Launch) -> tuple[str, str, str | None]:
-    """Return the interface that gloo would use, its address, and why that fails."""
-    known = interfaces()
-    if named := os.environ.get("GLOO_SOCKET_IFNAME", ""):
-        first = named.split(",")[0]
-        for name in named.split(","):
-            if name not in known:
-                return named, "", f"GLOO_SOCKET_IFNAME={named}: there is no interface {name}"
-            if not (known[name] or _ipv6(name)):
-                return named, "", f"GLOO_SOCKET_IFNAME={named}: {name} has no address"
-        address = known[first] or _ipv6(first)
-        if launch.spans_nodes and ipaddress.ip_address(address).is_loopback:
-            return named, address, f"GLOO_SOCKET_IFNAME={named}: {first} reaches no other node"
-        return named, address, None
-    if launch.spans_nodes and (found := interface_towards(launch.master_addr or "")):
-        return *found, None
-    return "", _host_address(), None
-
-
-def _ipv6(interface: str) -> str:
-    """Return the global IPv6 address of an interface, or an empty string."""
-    for line in _read("/proc/net/if_inet6").splitlines():
-        digits, _, _, scope, _, name = line.split()
-        if name == interface and scope in ("00", "10"):  # global, host
-            return str(ipaddress.IPv6Address(int(digits, 16)))
-    return ""
-
-
-def _host_address() -> str:
-    """Return gloo's default: the address of the host's name, if the host has that address."""
-    with contextlib.suppress(OSError), socket.socket() as probe:
-        address = socket.gethostbyname(socket.gethostname())
-        probe.bind((address, 0))
-        return address
-    return "127.0.0.1"
 
 
 def _nccl_interface_error() -> str | None:
