@@ -22,7 +22,7 @@ _SILENT_S = 2.0
 _LARGEST_RECORD = 1024  # bytes
 _BUSY = {errno.EACCES, errno.EAGAIN}
 # NFS without lockd, Lustre without -o flock, many FUSE file systems.
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class LockLostError(OSError):
@@ -162,7 +162,7 @@ class FileLock:
         except OSError as error:
             if error.errno in _BUSY:
                 return False
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
             self.missing = error.strerror
             return not _is_running(_read_holder(self.path))

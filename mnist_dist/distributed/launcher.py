@@ -25,6 +25,7 @@ _FIRST_PORT, _PORTS = 15_000, 17_000
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 # SLURM_INTERACTIVE_STEP of slurm.h: the step of salloc's shell.
 _INTERACTIVE_STEP = str(0xFFFFFFFA)
+SHELLS = re.compile(r"(ba|z|fi|k|tc|c|da)?sh")
 _parent = os.getppid()
 
 
@@ -194,7 +195,7 @@ def _is_shell_step(environment: Mapping[str, str]) -> bool:
         return False
     # A shell with other arguments runs a script, which may start a rank in each task.
     is_bare = all(word in ("-i", "-l", "--login") for word in words[1:])
-    return is_bare and bool(re.fullmatch(r"(ba|z|fi|k|tc|c|da)?sh", Path(words[0]).name))
+    return is_bare and bool(SHELLS.fullmatch(Path(words[0]).name))
 
 
 def _read_mpirun(environment: Mapping[str, str], size: str) -> Launch:

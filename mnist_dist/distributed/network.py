@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mnist_dist.errors import RendezvousError, ReportedError
+from mnist_dist.errors import RendezvousError, ReportedError, print_line
 
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR of linux/sockios.h
 _NOTICE_S = 10.0
@@ -188,8 +188,9 @@ def own_name_problem() -> str | None:
 
     Torchrun's agent connects to that name, and waits five minutes for it.
     """
-    name = socket.getfqdn()  # as torchrun
+    name = socket.gethostname()
     try:
+        name = socket.getfqdn()  # as torchrun
         found = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         return f"{name} does not resolve ({getattr(error, 'strerror', None) or error})"
@@ -198,6 +199,29 @@ def own_name_problem() -> str | None:
             probe.bind(address)
             return None
     return f"{name} resolves to {found[0][4][0]}, which is no address of this host"
+
+
+def torchrun_handler() -> Callable[[object], object]:
+    """Warn of this host's own name in torchrun's process, before it waits for that name.
+
+    Torchrun loads the entry points "torchrun.handlers" when it starts, and no other code of ours.
+    They are for rendezvous backends; this one offers none.
+    """
+
+    def refuse(parameters: object) -> object:
+        raise ValueError("--rdzv-backend=mnist-dist: there is no such backend; use c10d")
+
+    given = ("--local-addr", "--local_addr", "--master", "--rdzv-backend=static")
+    program, words = Path(sys.argv[0]).name, sys.argv[1:]
+    is_ours = any(Path(word).name == "train_ddp.py" or word == "mnist_dist" for word in words)
+    if program not in ("torchrun", "run.py") or not is_ours or "PET_LOCAL_ADDR" in os.environ:
+        return refuse
+    if not any(word.startswith(given) for word in words) and (problem := own_name_problem()):
+        print_line(
+            f"warning: torchrun waits five minutes for this host, since {problem}; stop it, and "
+            "give torchrun --local-addr=127.0.0.1 (on several hosts, this host's address)"
+        )
+    return refuse
 
 
 def _look_up(host: str, port: int) -> tuple[socket.AddressFamily, str]:

@@ -208,6 +208,29 @@ def test_a_run_directory_that_is_almost_full_or_a_file_is_named(disk: Path, tmp_
     assert "(Not a directory)" in verdict(file)
 
 
+def test_a_disk_without_a_free_inode_is_named(disk: Path, tmp_path: Path) -> None:
+    """Its free bytes show nothing of that."""
+    subprocess.run(["mount", "-o", "remount,nr_inodes=3", str(disk)], check=True)
+    for number in range(2):
+        (disk / str(number)).touch()
+    (full,) = doctor(tmp_path, f"--run-dir={disk}", count=1)
+    assert full.code == 1
+    assert "cannot be written (no inode is free for another file: delete some)" in verdict(full)
+
+
+@pytest.mark.parametrize("reader", ["head", "full"])
+def test_a_report_without_a_reader_or_a_disk_is_no_traceback(reader: str, tmp_path: Path) -> None:
+    words = " ".join(COMMAND)
+    script = f"{words} > /dev/full; echo $?" if reader == "full" else f"{words} | true"
+    ended = command(tmp_path, "bash", "-c", script, environment={"PYTHONPATH": str(ROOT)})
+    if reader == "full":
+        assert ended.out == "1\n"
+        expected = "mnist-dist: error: the report cannot be written (No space left on device)\n"
+        assert ended.err == expected
+    else:
+        assert (ended.code, ended.err) == (0, "")
+
+
 def test_the_run_directory_is_left_as_it_is(tmp_path: Path) -> None:
     run = tmp_path / "runs"
     run.mkdir()

@@ -1,17 +1,25 @@
 """The doctor's checks of facts and measurements that cannot be produced on one machine."""
 
 import dataclasses
+import errno
+import fcntl
+import os
 import socketserver
+import stat
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mnist_dist.commands.doctor import disk
 from mnist_dist.commands.doctor.checks import (
     check_backend,
     check_clocks,
     check_devices,
+    check_disk,
+    check_host,
     check_shared_memory,
     check_threads,
     check_versions,
@@ -65,6 +73,76 @@ def test_ranks_that_are_bound_to_one_cpu_are_a_warning(pair: dict[int, Facts]) -
     assert finding.level == "warning"
     assert "2 ranks share 1 CPU (3)" in finding.text
     assert check_threads(pair)[0].level == "ok"
+
+
+def test_a_quota_is_shared_by_the_ranks_of_a_node(pair: dict[int, Facts]) -> None:
+    """Each sees two CPUs of its affinity and a quota of one for both."""
+    here = {rank: dataclasses.replace(f, node_rank=0, cpus_at_once=1) for rank, f in pair.items()}
+    (finding,) = check_threads(here)
+    assert finding.level == "warning"
+    assert "2 ranks share 1 CPU (a cgroup's quota on 0-1)" in finding.text
+    alone = {0: dataclasses.replace(pair[0], threads=2, cpus_at_once=1)}
+    (finding,) = check_threads(alone)
+    assert "2 threads on 1 CPU (a cgroup's quota on 0-1)" in finding.text
+    assert finding.remedy == "unset OMP_NUM_THREADS or set it to 1"
+
+
+def test_a_host_that_torchrun_cannot_find_is_a_problem(pair: dict[int, Facts]) -> None:
+    unknown = dataclasses.replace(pair[0], own_name_problem="n1 does not resolve (unknown)")
+    (finding,) = check_host({0: unknown})
+    assert finding.level == "problem"
+    assert "n1 does not resolve (unknown)" in finding.text
+    assert "--local-addr=127.0.0.1" in finding.remedy
+    assert check_host(pair) == []
+
+
+def test_a_shell_as_process_1_of_a_container_is_a_warning(pair: dict[int, Facts]) -> None:
+    (finding,) = check_host(changed(pair, shell_as_init="bash"))
+    assert finding.level == "warning"
+    assert finding.text.startswith("process 1 on n2 is the shell bash, which passes no SIGTERM on")
+
+
+def measured(directory: Path, pair: dict[int, Facts]) -> list[Finding]:
+    return check_disk([disk.measure(directory, "boot")], {0: pair[0]}, str(directory))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_disk_without_locks_is_a_warning_with_the_risk(
+    number: int, pair: dict[int, Facts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (finding,) = measured(tmp_path, pair)
+    assert (finding.check, finding.level) == ("disk", "warning")
+    assert finding.text.endswith("two jobs in one run directory do not notice each other")
+
+
+@pytest.mark.parametrize(
+    ("number", "level"), [(errno.EINVAL, "warning"), (errno.EIO, "problem")], ids=["EINVAL", "EIO"]
+)
+def test_a_directory_that_cannot_be_flushed_is_a_warning_and_a_broken_disk_a_problem(
+    number: int,
+    level: str,
+    pair: dict[int, Facts],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fsync = os.fsync
+
+    def fsync_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync_files)
+    (finding,) = measured(tmp_path, pair)
+    assert (finding.check, finding.level) == ("disk", level)
+    if level == "warning":
+        assert "a power loss may take the newest checkpoint" in finding.text
+    monkeypatch.undo()
+    assert [finding.level for finding in measured(tmp_path, pair)] == ["ok"]
 
 
 @pytest.mark.parametrize(("ahead", "way"), [(3.0, "3 s ahead of"), (-7200.0, "7200 s behind")])

@@ -1,7 +1,7 @@
 """Check the ranks' facts and measurements: pure functions from them to findings."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mnist_dist.commands.doctor import gpu_checks
@@ -37,6 +37,7 @@ def check_facts(facts_by_rank: FactsByRank) -> list[Finding]:
         check_devices,
         gpu_checks.check_gpus,
         check_threads,
+        check_host,
         check_interfaces,
         check_settings,
     )
@@ -99,10 +100,13 @@ def check_threads(facts_by_rank: FactsByRank) -> list[Finding]:
     findings = []
     for ranks in by_node(facts_by_rank):
         numbers = {cpu for facts in ranks for cpu in facts.cpus}
-        cpus = min(len(numbers), max(facts.cpus_at_once for facts in ranks) * len(ranks))
+        # A quota, which shows as fewer CPUs than the affinity has, is one for all ranks here.
+        quotas = [facts.cpus_at_once for facts in ranks if facts.cpus_at_once < len(facts.cpus)]
+        cpus = min(len(numbers), *quotas) if quotas else len(numbers)
         threads = sum(facts.threads for facts in ranks)
         who = name_ranks((facts.rank for facts in ranks), facts_by_rank)
-        available = f"{counted(cpus, 'CPU')} ({format_ranges(numbers)})"
+        by_quota = "a cgroup's quota on " if cpus < len(numbers) else ""
+        available = f"{counted(cpus, 'CPU')} ({by_quota}{format_ranges(numbers)})"
         if cpus < len(ranks):
             text = f"{who}: {len(ranks)} ranks share {available}"
             remedy = "start fewer, or give each its own (srun --cpus-per-task=N)"
@@ -116,6 +120,27 @@ def check_threads(facts_by_rank: FactsByRank) -> list[Finding]:
     counts = sorted({facts.threads for facts in facts_by_rank.values()})
     each = counted(counts[0], "thread") if len(counts) == 1 else f"{format_ranges(counts)} threads"
     return [Finding("threads", "ok", f"{each} per rank, and enough CPUs for all")]
+
+
+def check_host(facts_by_rank: FactsByRank) -> list[Finding]:
+    """Require an own name that torchrun can use, and warn of a process 1 that stops no job."""
+    findings = []
+    for first, *_ in by_node(facts_by_rank):
+        if first.own_name_problem:
+            remedy = (
+                "start torchrun with --local-addr=127.0.0.1 (on several hosts, with this host's "
+                "address), or add the name to /etc/hosts"
+            )
+            text = f"torchrun would wait five minutes for this host: {first.own_name_problem}"
+            findings.append(Finding("own name", "problem", text, remedy))
+        if first.shell_as_init:
+            text = (
+                f"process 1 on {first.host} is the shell {first.shell_as_init}, which passes no "
+                "SIGTERM on: whatever stops this container kills the job unsaved"
+            )
+            remedy = "start the job with exec, or below an init (docker run --init)"
+            findings.append(Finding("stops", "warning", text, remedy))
+    return findings
 
 
 def check_interfaces(facts_by_rank: FactsByRank) -> list[Finding]:
@@ -245,6 +270,8 @@ def check_disk(payloads: Payloads, facts_by_rank: FactsByRank, run_dir: str) -> 
         elif payload["free_bytes"] < _MIN_FREE_BYTES:
             text = f"{text} has {amount(payload['free_bytes'])} left"
             findings.append(Finding("disk", level, text, "free some space or name another one"))
+        elif rank == 0:  # which writes
+            findings += _check_guarantees(payload, text)
     if findings:
         return findings
     first = payloads[0]
@@ -256,6 +283,16 @@ def check_disk(payloads: Payloads, facts_by_rank: FactsByRank, run_dir: str) -> 
     )
     figures = {facts_by_rank[rank].host: payload for rank, payload in measured.items()}
     return [Finding("disk", "ok", text, figures=figures)]
+
+
+def _check_guarantees(payload: dict[str, Any], text: str) -> Iterator[Finding]:
+    """Warn of what the file system of the run directory cannot do, and of the risk."""
+    if not payload["locks"]:
+        problem = "cannot lock files: two jobs in one run directory do not notice each other"
+        yield Finding("disk", "warning", f"{text} {problem}", "give each job its own --run-dir")
+    if not payload["flushes_directories"]:
+        problem = "cannot flush directories: a power loss may take the newest checkpoint"
+        yield Finding("disk", "warning", f"{text} {problem}", "prefer a local disk, ext4 or xfs")
 
 
 def check_backend(payloads: Payloads, facts_by_rank: FactsByRank) -> list[Finding]:

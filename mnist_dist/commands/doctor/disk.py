@@ -1,5 +1,7 @@
 """Measure the disk under the run directory, through an unnamed file that leaves nothing there."""
 
+import errno
+import fcntl
 import os
 import shutil
 import statistics
@@ -7,6 +9,9 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from mnist_dist.atomic import sync_directory
+from mnist_dist.lock import NO_LOCKS
 
 _BLOCK = 1 << 20
 _BLOCKS = 16
@@ -51,7 +56,8 @@ def measure(path: Path, boot: str) -> dict[str, Any]:
 
     Returns:
         What `identify` returns, and `bytes_per_second` including the flush, `fsync_seconds` of a
-        small write, `free_bytes`; or `error`, with `directory` if it was found.
+        small write, `free_bytes`, `locks` and `flushes_directories`, whether the file system can
+        do so; or `error`, with `directory` if it was found.
     """
     found = identify(path, boot)
     if "error" in found:
@@ -70,13 +76,29 @@ def measure(path: Path, boot: str) -> dict[str, Any]:
                 file.write(block[:4096])
                 os.fsync(file.fileno())
                 syncs.append(time.perf_counter() - start)
+            locks = _can_lock(file.fileno())
         return found | {
+            "locks": locks,
+            "flushes_directories": sync_directory(Path(directory)),
             "bytes_per_second": speed,
             "fsync_seconds": statistics.median(syncs),
             "free_bytes": shutil.disk_usage(directory).free,
         }
     except OSError as error:
+        full, space = error.errno == errno.ENOSPC, os.statvfs(directory)
+        if full and space.f_files and not space.f_ffree:
+            return found | {"error": "no inode is free for another file: delete some"}
         return found | {"error": error.strerror or str(error)}
+
+
+def _can_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def _file_system(directory: Path) -> str:

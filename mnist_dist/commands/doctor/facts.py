@@ -19,8 +19,8 @@ from mnist_dist.distributed.devices import (
     pick_device,
     set_threads,
 )
-from mnist_dist.distributed.launcher import Launch
-from mnist_dist.distributed.network import gloo_interface, interfaces
+from mnist_dist.distributed.launcher import SHELLS, Launch
+from mnist_dist.distributed.network import gloo_interface, interfaces, own_name_problem
 from mnist_dist.errors import UserError
 from mnist_dist.run.environment import code_digest, environment_facts
 
@@ -68,6 +68,10 @@ class Facts:
     """Numbers of the CPUs that this process may use."""
     cpus_at_once: int
     settings: dict[str, str]
+    own_name_problem: str | None = None
+    """Why torchrun could not reach this host under its own name; None under a launcher."""
+    shell_as_init: str | None = None
+    """The shell that is process 1 of this container; None if that is another program."""
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> "Facts":
@@ -115,6 +119,8 @@ def gather_facts(launch: Launch, device: str, backend: str) -> tuple[Facts, torc
         cpus=_cpus(),
         cpus_at_once=cpus_allowed(),
         settings={n: v for n, v in sorted(os.environ.items()) if n.startswith(_SETTINGS)},
+        own_name_problem=own_name_problem() if launch.launcher == "none" else None,
+        shell_as_init=_shell_as_init(),
     )
     return facts, chosen
 
@@ -142,6 +148,11 @@ def _read(path: str) -> str:
     with contextlib.suppress(OSError):
         return Path(path).read_text().strip()
     return ""
+
+
+def _shell_as_init() -> str | None:
+    name = Path(_read("/proc/1/cmdline").partition("\0")[0]).name
+    return name if SHELLS.fullmatch(name) else None
 
 
 def _cpus() -> list[int]:

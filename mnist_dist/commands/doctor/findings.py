@@ -1,10 +1,13 @@
 """Findings, printed line by line as they come, and the verdict at the end."""
 
 import json
+import os
+import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from mnist_dist.commands.doctor.formatting import counted
+from mnist_dist.errors import print_line
 
 Level = Literal["ok", "warning", "problem", "skipped"]
 
@@ -39,11 +42,13 @@ class Report:
     context: dict[str, Any] = field(default_factory=dict)
     """What the JSON object holds besides the findings."""
     findings: list[Finding] = field(default_factory=list)
+    is_lost: bool = False
+    """Whether the report could not be written, to a full disk for example."""
 
     def print(self, line: str) -> None:
         """Print `line`, in text mode only."""
         if self.enabled and not self.as_json:
-            print(line, flush=True)
+            self._write(line)
 
     def add(self, *findings: Finding) -> None:
         """Record and print findings."""
@@ -53,8 +58,8 @@ class Report:
 
     @property
     def healthy(self) -> bool:
-        """Whether no check failed; a warning is no failure."""
-        return not self._of_level("problem")
+        """Whether no check failed and the report is written; a warning is no failure."""
+        return not self._of_level("problem") and not self.is_lost
 
     def close(self, success: str) -> None:
         """Print the verdict, which is `success` if no check failed."""
@@ -70,7 +75,16 @@ class Report:
         if self.enabled and self.as_json:
             findings = [asdict(finding) for finding in self.findings]
             summary = {"healthy": self.healthy, "verdict": verdict, **self.context}
-            print(json.dumps(summary | {"findings": findings}), flush=True)
+            self._write(json.dumps(summary | {"findings": findings}))
+
+    def _write(self, line: str) -> None:
+        try:
+            print(line, flush=True)
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):  # whose reader has seen enough: `| head`
+                self.is_lost = True
+                print_line(f"error: the report cannot be written ({error.strerror})")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _of_level(self, level: Level) -> list[Finding]:
         return [finding for finding in self.findings if finding.level == level]
