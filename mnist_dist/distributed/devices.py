@@ -47,6 +47,7 @@ def pick_device(
         return torch.device("cpu")
     gpus, fault = _usable_gpus()
     processes, index = launch.local_world_size, _gpu_index(launch, device, gpus)
+    flag = f"{'--ntasks-per-node' if launch.launcher == 'srun' else '--nproc_per_node'}={gpus}"
     if index is not None and index < gpus and fault is None:
         try:
             return _use_gpu(index)
@@ -60,13 +61,13 @@ def pick_device(
     else:
         shortage = f"{processes} processes on a node with {_counted(gpus)}"
         remedy = (
-            f"start {gpus} or fewer (--nproc_per_node={gpus}), share one GPU with --device cuda:0, "
+            f"start {gpus} or fewer ({flag}), share one GPU with --device cuda:0, "
             "or use --device cpu"
         )
     if device != "auto":
         raise NodeError(f"--device {device}: {shortage}; {remedy}")
     if fault or gpus:
-        use = f"; --nproc_per_node={gpus} uses the GPU{'s' * (gpus > 1)}" if gpus else ""
+        use = f"; {flag} uses the GPU{'s' * (gpus > 1)}" if gpus else ""
         warn(f"--device auto: {shortage}: training on the CPU{use}")
     return torch.device("cpu")
 

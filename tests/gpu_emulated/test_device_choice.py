@@ -82,6 +82,16 @@ def test_auto_with_fewer_gpus_than_processes_is_the_cpu_and_one_warning(
     assert calls == []
 
 
+def test_too_few_gpus_for_srun_tasks_are_answered_by_sruns_flag(fake_gpus: FakeGpus) -> None:
+    fake_gpus(2)
+    lines: list[str] = []
+    task = Launch("srun", 3, 3, 4, 4)
+    assert pick_device(task, "auto", lines.append) == CPU
+    assert lines[0].endswith("; --ntasks-per-node=2 uses the GPUs")
+    with pytest.raises(UserError, match=r"start 2 or fewer \(--ntasks-per-node=2\)"):
+        pick_device(task, "cuda")
+
+
 def test_cuda_with_fewer_gpus_than_processes_is_refused_on_every_rank_alike(
     fake_gpus: FakeGpus,
 ) -> None:
