@@ -56,7 +56,7 @@ class Holder:
 
 
 class FileLock:
-    """An exclusive lock on a file, which stays when it is released.
+    """An exclusive lock on a file, until this object is dropped; the file stays.
 
     Where the file system has no locks, the holder's record in the file takes their place as far as
     it can: it finds another process of this host, and a holder finds out that it was replaced.
@@ -116,19 +116,12 @@ class FileLock:
             fault = self._whereabouts()
         raise LockLostError(errno.ESTALE, fault, str(self.path))
 
-    def release(self) -> None:
-        """Let other processes lock the file."""
-        if self._descriptor is not None:
-            self._close()
-            self._descriptor = None
-
     def _try(self) -> bool:
         """Open and lock the file; return whether this process holds it."""
         with contextlib.suppress(FileNotFoundError):
             self._require_regular(self.path.lstat())
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         descriptor = os.open(self.path, flags, 0o600)
-        # Also when this object is dropped without a release.
         self._close = weakref.finalize(self, os.close, descriptor)
         try:
             status = os.fstat(descriptor)
