@@ -56,7 +56,7 @@ class Holder:
 
 
 class FileLock:
-    """An exclusive lock on a file, until this object is dropped; the file stays.
+    """An exclusive lock on a file, until it is released or dropped; the file stays.
 
     Where the file system has no locks, the holder's record in the file takes their place as far as
     it can: it finds another process of this host, and a holder finds out that it was replaced.
@@ -115,6 +115,12 @@ class FileLock:
         else:
             fault = self._whereabouts()
         raise LockLostError(errno.ESTALE, fault, str(self.path))
+
+    def release(self) -> None:
+        """Let other processes lock the file."""
+        if self._descriptor is not None:
+            self._close()
+            self._descriptor = None
 
     def _try(self) -> bool:
         """Open and lock the file; return whether this process holds it."""
