@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -177,3 +178,11 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
     assert max(map(len, text.splitlines())) <= 80
     groups = ["data", "optimization", "distributed", "checkpoints", "output"]
     assert re.findall(r"^(\w+):$", text, re.MULTILINE) == ["options", *groups]
+
+
+@pytest.mark.timeout(20)  # opening a FIFO would wait for a writer
+def test_a_config_file_that_is_no_file_is_one_line_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=f"--config {path}: Not a regular file but a FIFO"):
+        parse_config([f"--config={path}"])

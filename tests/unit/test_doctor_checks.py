@@ -223,3 +223,9 @@ def test_quantities_and_ranks_are_formatted_for_people(pair: dict[int, Facts]) -
 def test_a_finding_is_one_line_with_its_remedy() -> None:
     assert Finding("x", "problem", "it is broken", "fix it").line == "it is broken; fix it"
     assert Finding("x", "ok", "it is whole").line == "it is whole"
+
+
+@pytest.mark.timeout(20)  # opening a FIFO would wait for a writer
+def test_a_fifo_in_the_place_of_the_runs_is_a_fault_of_the_disk(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "runs")
+    assert disk.measure(tmp_path / "runs", "boot") == {"error": "Not a directory"}

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import resource
 import signal
 from pathlib import Path
@@ -330,3 +331,19 @@ def complete_on_a_full_disk(directory: Path) -> str | None:
 def test_metrics_that_cannot_be_written_at_the_end_are_an_error(tmp_path: Path) -> None:
     assert run_ranks(complete_on_a_full_disk, 1, tmp_path, timeout=60) == ["File too large"]
     assert lines(tmp_path) == points(tmp_path) == [(10, 1.0)]
+
+
+@pytest.mark.timeout(20)  # opening a FIFO would wait for a writer
+def test_a_fifo_in_the_place_of_metrics_is_named_and_a_link_is_not_written_through(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "metrics.jsonl"
+    os.mkfifo(file)
+    with pytest.raises(OSError, match=r"FIFO.*metrics\.jsonl"):
+        opened(tmp_path)
+    file.unlink()
+    (tmp_path / "mine").touch()
+    file.symlink_to("mine")
+    opened(tmp_path)
+    assert not file.is_symlink()
+    assert (tmp_path / "mine").read_bytes() == b""
