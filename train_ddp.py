@@ -77,7 +77,7 @@ def fit(job: Job, state: TrainState, sync: RankSync) -> None:
             else:  # --cuda-graphs: many times train_step in one launch
                 replay_epoch(job, stepper.graphs, sampler, state, sync, progress)
             train_loss = job.sync_epoch(state, sync)
-            validate(job, state, {"train/loss": train_loss, **timer.metrics(model)}, progress)
+            end_epoch(job, state, {"train/loss": train_loss, **timer.metrics(model)}, progress)
 
 
 def train_step(
@@ -96,8 +96,8 @@ def train_step(
     return loss.detach()
 
 
-def validate(job: Job, state: TrainState, metrics: dict[str, float], progress: Progress) -> None:
-    """Validate on all ranks; log the metrics and save a checkpoint on rank 0."""
+def end_epoch(job: Job, state: TrainState, metrics: dict[str, float], progress: Progress) -> None:
+    """Validate on all ranks and decide whether this is best.pt; log and save on rank 0."""
     with_plots = job.should_log_plots(state.epoch + 1)
     # All-reduces float64 sums, so that every sample counts once whatever does not divide by what.
     validation = evaluate(state.model, job.dataset.validation, job.world, 16 if with_plots else 0)

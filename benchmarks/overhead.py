@@ -30,11 +30,12 @@ def epoch_seconds(world: World, stepper: Stepper, sync: RankSync, checked: bool)
     started = time.perf_counter()
     for batch in stepper.batches(epoch=0):
         state.count_step(stepper.step(*batch))
-        if checked and sync.should_sync():
-            sync.sync(state.drain_losses())
+        sync.count(1)
+        if checked and sync.is_due:
+            sync.exchange(bad_step=state.drain_losses())
     bad_step = state.drain_losses()
     if checked:
-        sync.sync(bad_step, state.sync_payload(world))
+        sync.exchange(bad_step=bad_step, payload=state.local_payload(world))
     else:  # an epoch's loss is summed without checks, too
         world.all_reduce_sum(torch.tensor([state.loss_sum], dtype=torch.float64))
     world.barrier()

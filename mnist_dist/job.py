@@ -74,20 +74,12 @@ class Job:
         """Open the run directory and load its newest checkpoint, if any, into `state`.
 
         Nodes need not share a disk: the one with the newest checkpoint sends it to all.
+
+        Raises:
+            UserError: the run there cannot be continued with these flags.
         """
-        config, world, run = self.config, self.world, self.run
-
-        def find() -> tuple[dict[str, Any] | None, list[str]]:
-            if world.is_main_process:
-                run.open()
-            first_on_node = world.launch.local_rank == 0
-            return (
-                run.checkpoints.load_latest(state.find_fault, world.is_main_process)
-                if first_on_node
-                else (None, [])
-            )
-
-        saved, damaged = world.run_on_all(find)
+        world, run = self.world, self.run
+        saved, damaged = world.run_on_all(lambda: self._find_checkpoint(state))
         had_checkpoint = world.on_main(lambda: run.had_checkpoint)
         for line in damaged:
             self.console.warn(f"{line}; using an older checkpoint")
@@ -99,15 +91,28 @@ class Job:
                 f"--run-dir {run}: a run is there, but its checkpoints are gone; bring them back, "
                 "or give another --run-dir"
             )
-        if state.epoch > config.epochs:
+        if state.epoch > self.config.epochs:
             raise UserError(
-                f"--epochs {config.epochs}: the run in {run} has completed {state.epoch} already; "
-                "give that many or more, or another --run-dir"
+                f"--epochs {self.config.epochs}: the run in {run} has completed {state.epoch} "
+                "already; give that many or more, or another --run-dir"
             )
-        best_epoch = state.best_epoch
-        if best_epoch and not world.on_main(lambda: run.checkpoints.has_best(best_epoch)):
+        self._check_best(state)
+
+    def _find_checkpoint(self, state: TrainState) -> tuple[dict[str, Any] | None, list[str]]:
+        """Load the newest sound checkpoint on a node's first rank; and describe damaged ones."""
+        is_main = self.world.is_main_process
+        if is_main:
+            self.run.open()
+        if self.world.launch.local_rank != 0:
+            return None, []
+        return self.run.checkpoints.load_latest(state.find_fault, is_main)
+
+    def _check_best(self, state: TrainState) -> None:
+        """Forget the best epoch so far if its weights are gone."""
+        epoch, checkpoints = state.best_epoch, self.run.checkpoints
+        if epoch and not self.world.on_main(lambda: checkpoints.has_best(epoch)):
             self.console.warn(
-                f"best.pt in {run} is missing, damaged or not of epoch {best_epoch}, the best: "
+                f"best.pt in {self.run} is missing, damaged or not of epoch {epoch}, the best: "
                 "the best epoch from here counts"
             )
             state.best_loss = float("inf")
@@ -142,21 +147,23 @@ class Job:
         )
         console.print_field("data", self.dataset.description)
         console.print_field("model", describe(state.model))
-        console.print_field("train", self._plan())
+        console.print_field("train", self._plan(state))
         console.print_field("watch", tensorboard_command(str(self.run)))
         console.print_field("run", str(self.run))
         if state.step:
             console.print(f"resume at step {state.step}, {_counted(state.epoch, 'epoch')} done")
         return sync
 
-    def _plan(self) -> str:
+    def _plan(self, state: TrainState) -> str:
         config = self.config
+        optimizer = type(state.optimizer).__name__.removeprefix("Lean")
         shifts = f", shifts up to {config.random_shift} px" if config.random_shift else ""
         return (
             f"{_counted(config.epochs, 'epoch')} of "
             f"{_counted(self.sharding.steps_per_epoch, 'step')}, "
-            f"global batch {config.global_batch_size}, SGD lr {config.lr:g} {config.schedule}, "
-            f"momentum {config.momentum:g}, weight decay {config.weight_decay:g}{shifts}"
+            f"global batch {config.global_batch_size}, {optimizer} lr {config.lr:g} "
+            f"{config.schedule}, momentum {config.momentum:g}, "
+            f"weight decay {config.weight_decay:g}{shifts}"
         )
 
     def sync_step(self, state: TrainState, sync: RankSync, steps: int = 1) -> None:
@@ -168,10 +175,11 @@ class Job:
         """
         every = self.config.checkpoint_every_steps
         save_now = every is not None and state.step % every == 0
-        sync.launched()
-        if sync.should_sync(steps) or save_now:
+        sync.limit_launches()
+        sync.count(steps)
+        if sync.is_due or save_now:
             sync.wait_for_device()
-            result = sync.sync(state.drain_losses(), lost_run=not self.run.is_held)
+            result = sync.exchange(bad_step=state.drain_losses(), lost_run=not self.run.is_held)
             self._check(state, result)
             self._save_or_stop(state, sync, result, save_now)
 
@@ -184,10 +192,14 @@ class Job:
             Preempted: a rank was asked to stop; the state is on disk.
         """
         sync.wait_for_device()
-        bad_step = state.drain_losses()
-        result = sync.sync(bad_step, state.sync_payload(self.world), not self.run.is_held)
+        bad_step = state.drain_losses()  # before the payload, which holds their sum
+        result = sync.exchange(
+            bad_step=bad_step,
+            payload=state.local_payload(self.world),
+            lost_run=not self.run.is_held,
+        )
         self._check(state, result)
-        loss_sum, diverged = state.finish_sync(result.payloads)
+        loss_sum, diverged = state.merge_payloads(result.payloads)
         if diverged:
             raise JobError(
                 f"the weights of {format_ranks(diverged)} differ from the other ranks' after step "

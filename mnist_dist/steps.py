@@ -123,7 +123,7 @@ def _capture(
             job.dataset.train,
             job.sharding,
             config.random_shift,
-            launched=sync.launched,
+            launched=sync.limit_launches,
         )
         reasons = world.gather(world.run_on_all(lambda: _capture_or_explain(graphs)))
         reason = next((text for text in reasons if text is not None), None)
@@ -153,7 +153,7 @@ def replay_epoch(
     """Train on the rest of an epoch by CUDA graphs, as train_ddp.py does step by step."""
     graphs.start_epoch(sampler, state.batch)
     while state.batch < job.sharding.steps_per_epoch:
-        rates = [state.next_lr() for _ in range(_steps_until_sync(job, state, sync))]
+        rates = [state.step_schedule() for _ in range(_steps_until_sync(job, state, sync))]
         losses = graphs.take(rates)
         state.count_steps(len(rates), losses)
         progress.step(state.step, losses)

@@ -107,18 +107,22 @@ class RankSync:
         self._steps = 0
         self._steps_until_next = 1
 
-    def should_sync(self, steps: int = 1) -> bool:
-        """Count steps; return whether the ranks are to sync after them."""
+    def count(self, steps: int) -> None:
+        """Count steps that this rank has taken."""
         self._steps += steps
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the ranks are to exchange their flags now; the same on all of them."""
         return self._steps >= self._steps_until_next
 
     @property
     def steps_left(self) -> int:
-        """Steps until the ranks are to sync."""
+        """Steps until `is_due`."""
         return max(1, self._steps_until_next - self._steps)
 
-    def launched(self) -> None:
-        """Note that something was launched on the GPU; waits if too much is under way there.
+    def limit_launches(self) -> None:
+        """Wait if too many launches are under way on the GPU; called after each launch.
 
         Raises:
             ConnectionError: a peer is gone, or the GPU did not finish in time.
@@ -143,10 +147,14 @@ class RankSync:
         if stopped or self._failed_peer.is_set():
             raise ConnectionError(f"Timed out after {seconds:.0f} s waiting for the GPU")
 
-    def sync(
-        self, bad_step: int | None, payload: Tensor | None = None, lost_run: bool = False
+    def exchange(
+        self,
+        *,
+        bad_step: int | None = None,
+        payload: Tensor | None = None,
+        lost_run: bool = False,
     ) -> SyncResult:
-        """Exchange flags. Every rank must call this after the same step.
+        """Exchange flags between all ranks; every rank must call this after the same step.
 
         Args:
             bad_step: the first step at which this rank's loss was not finite, None if all were.

@@ -61,6 +61,9 @@ class ManualStep:
             timeout: seconds until a rank that does not respond is given up.
         """
         assert isinstance(model, MLP)  # check_manual_step has refused any other
+        if not isinstance(optimizer, torch.optim.SGD):
+            name = type(optimizer).__name__
+            raise UserError(f"--step manual: has the update of SGD only, not of {name}; use ddp")
         self.seconds = 0.0
         """Time this rank has spent in all-reduces, waiting for its peers included."""
         self._optimizer = optimizer

@@ -80,10 +80,10 @@ class TrainState:
     def count_step(self, loss_sum: Tensor) -> None:
         """Count one optimizer step with this rank's summed loss, () float32."""
         self.count_steps(1, loss_sum)
-        self.next_lr()
+        self.step_schedule()
 
     def count_steps(self, steps: int, loss_sums: Tensor) -> None:
-        """Count optimizer steps, whose learning rates `next_lr` gave, with this rank's losses.
+        """Count optimizer steps with this rank's losses; `step_schedule` gave their rates.
 
         Args:
             steps: how many.
@@ -93,7 +93,7 @@ class TrainState:
         self.batch += steps
         self.step += steps
 
-    def next_lr(self) -> float:
+    def step_schedule(self) -> float:
         """Step the schedule; return the learning rate that the step before it has."""
         rate = self.lr
         if self.scheduler is not None:
@@ -160,13 +160,13 @@ class TrainState:
             digest.update(tensor.detach().cpu().contiguous().numpy().reshape(-1).data)
         return digest.hexdigest()
 
-    def sync_payload(self, world: World) -> Tensor:
-        """Return what the ranks exchange after an epoch's steps, for `finish_sync`: uint8."""
+    def local_payload(self, world: World) -> Tensor:
+        """Return what the ranks exchange after an epoch's steps, for `merge_payloads`: uint8."""
         digest = bytes.fromhex(self.weights_digest()) if world.world_size > 1 else bytes(_DIGEST)
         return torch.cat([torch.tensor(list(digest), dtype=torch.uint8), self._local_bytes()])
 
-    def finish_sync(self, payloads: list[Tensor]) -> tuple[float, list[int]]:
-        """Take in the `sync_payload` of all ranks, in rank order.
+    def merge_payloads(self, payloads: list[Tensor]) -> tuple[float, list[int]]:
+        """Take in the `local_payload` of all ranks, in rank order.
 
         Returns:
             The epoch's summed loss over all ranks; and the diverged ranks, whose weights differ in
@@ -194,7 +194,7 @@ class TrainState:
 
         Model and optimizer are equal on all ranks. What is not, the random state and the partial
         loss, is listed in rank order, so that a resume at the same world size is bitwise. After
-        `finish_sync` it is known; otherwise it is gathered here.
+        `merge_payloads` it is known; otherwise it is gathered here.
         """
         if self._ranks is None or self._ranks.step != self.step:
             self._ranks = _Ranks(self.step, world.gather_tensors(self._local_bytes()))
@@ -241,8 +241,9 @@ class TrainState:
 
     def _optimizer_fault(self, saved: dict[str, Any]) -> str | None:
         """Describe what of the optimizer and schedule in `saved` cannot be loaded."""
-        group = self.optimizer.param_groups[0]
-        shapes = [parameter.shape for parameter in group["params"]]
+        groups = self.optimizer.param_groups
+        shapes = [parameter.shape for group in groups for parameter in group["params"]]
+        group, own_groups = groups[0], self.optimizer.state_dict()["param_groups"]
         numbers = {name: value for name, value in group.items() if type(value) in (int, float)}
         example = {"optimizer": {"state": {}, "param_groups": [numbers | {"params": [0]}]}}
         if self.scheduler is not None:
@@ -252,15 +253,17 @@ class TrainState:
             example["scheduler"] = own
         if fault := _kind_mismatch(saved, example, ""):
             return fault
-        groups, entries = saved["optimizer"]["param_groups"], saved["optimizer"]["state"]
-        if [group["params"] for group in groups] != [list(range(len(shapes)))]:
+        saved_groups, entries = saved["optimizer"]["param_groups"], saved["optimizer"]["state"]
+        if [g["params"] for g in saved_groups] != [g["params"] for g in own_groups]:
             return "its optimizer is of another model"
         for index, entry in entries.items():
             if index not in range(len(shapes)) or not isinstance(entry, dict):
                 return "its optimizer has a state of no parameter"
             for buffer in entry.values():
                 is_float = isinstance(buffer, Tensor) and buffer.is_floating_point()
-                if buffer is not None and not (is_float and buffer.shape == shapes[index]):
+                # Adam counts the steps of each parameter in a tensor without dimensions.
+                is_sound = is_float and buffer.shape in (shapes[index], torch.Size())
+                if buffer is not None and not is_sound:
                     return f"its optimizer has no sound state of parameter {index}"
         return None
 

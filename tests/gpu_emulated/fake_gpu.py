@@ -227,8 +227,10 @@ def collectives(waits: Waits) -> dict[str, list[str]]:
         "connect": lambda: world.run_on_all(
             lambda: world.all_reduce_sum(torch.zeros(1, device=GPU))
         ),
-        "sync": lambda: sync.sync(None),
-        "sync of an epoch": lambda: sync.sync(3, rank.state.sync_payload(world)),
+        "sync": lambda: sync.exchange(),
+        "sync of an epoch": lambda: sync.exchange(
+            bad_step=3, payload=rank.state.local_payload(world)
+        ),
         "state_dict": lambda: rank.state.state_dict(world),
         "evaluate": lambda: evaluation.evaluate(rank.model, rank.split, world, 16),
         "barrier": world.barrier,

@@ -41,6 +41,27 @@ def test_a_state_that_was_saved_is_taken(saved: dict[str, Any]) -> None:
     assert state.step == 1
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_state_of_another_optimizer_is_taken(groups: int) -> None:
+    """Adam has a counter for each parameter, and may decay weights and not biases."""
+
+    def adam() -> TrainState:
+        model = build_model()
+        parameters = list(model.parameters())
+        split = [{"params": parameters[n::groups]} for n in range(groups)]
+        return TrainState(model, torch.optim.Adam(split, lr=0.1), None, {"seed": 0})
+
+    state = adam()
+    state.model(torch.rand(4, 784)).sum().backward()
+    state.optimizer.step()
+    state.count_step(torch.tensor(1.0))
+    state.drain_losses()
+    saved, again = state.state_dict(WORLD), adam()
+    assert again.find_fault(saved) is None
+    again.load_state_dict(saved, WORLD)
+    assert again.optimizer.state_dict()["state"][0]["step"] == 1
+
+
 def group(saved: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = saved["optimizer"]["param_groups"][0]
     return found
