@@ -5,7 +5,6 @@ Fashion-MNIST), with a prefix and ``test`` in place of ``t10k`` (EMNIST, QMNIST)
 ``kmnist-train-imgs.npz`` (KMNIST).
 """
 
-import io
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -132,7 +131,7 @@ def read_zip(content: bytes, path: Path) -> Splits:
         MalformedError: it holds something else.
         Exception: any other error of ``zipfile`` or numpy for a damaged zip.
     """
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+    with npz.open_zip(content) as archive:
         members = [info for info in archive.infolist() if not info.is_dir()]
         if sum(info.file_size for info in members) > LIMIT:
             problem = f"unpacks to more than the {LIMIT:,} bytes that any data set needs"

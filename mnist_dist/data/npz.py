@@ -41,7 +41,7 @@ def read_only_array(content: bytes) -> NDArray[Any]:
         MalformedError: there is another number of arrays, or it is damaged.
         Exception: any other error of ``zipfile`` or numpy for a damaged zip.
     """
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+    with open_zip(content) as archive:
         names = archive.namelist()
     if len(names) != 1:
         raise MalformedError(f"has {len(names)} arrays, expected one", SAVE_AS_NPZ)
@@ -64,6 +64,14 @@ def read_arrays(stream: IO[bytes], names: Sequence[str]) -> list[NDArray[Any]]:
                 SAVE_AS_NPZ,
             )
         return [_read_array(archive, members[f"{name}.npy"]) for name in names]
+
+
+def open_zip(content: bytes) -> zipfile.ZipFile:
+    """Open a zip. Raises `MalformedError` if its end is missing, `BadZipFile` for other damage."""
+    stream = io.BytesIO(content)
+    if not zipfile.is_zipfile(stream):
+        raise MalformedError("is damaged: a zip file that is cut short")
+    return zipfile.ZipFile(stream)
 
 
 def check_compression(member: zipfile.ZipInfo) -> None:

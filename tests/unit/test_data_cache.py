@@ -332,6 +332,13 @@ def test_a_lock_that_another_user_could_hold_for_ever_is_not_waited_for(tmp_path
     assert "belongs to another user" in location.warnings[0]
 
 
+def test_another_data_sets_entry_under_this_ones_name_is_not_taken(source: Path) -> None:
+    entry = entry_of(source)
+    other = entry_of(write_npz(source.with_name("other.npz"), digits(seed=1)))
+    entry.write_bytes(other.read_bytes())
+    assert_holds(read(source), MADE)
+
+
 def test_noise_that_is_called_mnist_is_not_taken_for_it(tmp_path: Path) -> None:
     entry = entry_of(write_npz(tmp_path / "made.npz", MADE))
     forged = {"entry": "mnist.pt", "fingerprint": MNIST_SHA256, "description": "MNIST"}

@@ -345,7 +345,7 @@ def test_an_npz_without_keras_names_is_refused(tmp_path: Path) -> None:
 def test_a_truncated_npz_is_refused(tmp_path: Path) -> None:
     file = write_npz(tmp_path / "short.npz", MADE)
     file.write_bytes(file.read_bytes()[:-100])
-    refusal(file, "damaged")
+    refusal(file, "is damaged: a zip file that is cut short")
 
 
 def test_an_npy_header_that_claims_more_than_the_zip_holds_is_refused(tmp_path: Path) -> None:
