@@ -38,11 +38,10 @@ def read_regular(path: Path, limit: int) -> bytes:
         OSError: as `open_regular`, it cannot be read, or it is larger than `limit`.
     """
     with open_regular(path) as file:
-        is_larger = os.fstat(file.fileno()).st_size > limit  # before memory is spent on it
-        content = b"" if is_larger else file.read(limit + 1)
-    if is_larger or len(content) > limit:
-        raise OSError(errno.EFBIG, f"File larger than {limit:,} bytes", str(path))
-    return content
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:  # before memory is spent on it
+            raise OSError(errno.EFBIG, f"File larger than {limit:,} bytes", str(path))
+        return file.read(size)
 
 
 def create_new(path: Path, mode: int = 0o666) -> BinaryIO:

@@ -28,7 +28,7 @@ from mnist_dist.errors import UserError
 from mnist_dist.files import read_regular
 
 # Bytes; a file of this project's model has 0.6 MB with its optimizer, a sidecar 500 bytes.
-_LARGEST_FILE = 1 << 32
+_LARGEST_FILE = 1 << 36
 _LARGEST_SIDECAR = 1 << 20
 # Errors that show that a file is missing or none at all. Others, such as a permission or a network
 # disk that is away, are no proof of damage.
@@ -265,18 +265,21 @@ def _sound_content(path: Path, needs_sidecar: bool = True) -> bytes:
     """The bytes of a checkpoint, once they are what its sidecar says. Raises UserError if not."""
     sidecar_path = path.with_suffix(".json")
     with _naming_file():
-        content = read_regular(path, _LARGEST_FILE)
         if not needs_sidecar and not os.path.lexists(sidecar_path):
-            return content
+            return read_regular(path, _LARGEST_FILE)
+        path.stat()  # a missing checkpoint is named, and not its missing sidecar
         text = read_regular(sidecar_path, _LARGEST_SIDECAR)
     try:
         sidecar = json.loads(text)
         # A writer that died between the two files of a replacement left the old one, still sound.
-        expected = (sidecar["sha256"], sidecar.get("replaces"))
-        if not isinstance(sidecar["sha256"], str):
+        expected, size = (sidecar["sha256"], sidecar.get("replaces")), sidecar.get("bytes")
+        if not isinstance(expected[0], str):
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{sidecar_path}: not a checkpoint's sidecar") from error
+    is_size_known = expected[1] is None and type(size) is int
+    with _naming_file():
+        content = read_regular(path, min(size, _LARGEST_FILE) if is_size_known else _LARGEST_FILE)
     if hashlib.sha256(content).hexdigest() not in expected:
         raise UserError(f"{path}: its content is not what was saved (SHA-256 differs)")
     return content
@@ -306,7 +309,10 @@ def load_checkpoint(path: Path, needs_sidecar: bool = True) -> Any:
     Raises:
         UserError: it is missing or damaged; the text says how.
     """
-    content = _sound_content(path, needs_sidecar)
+    try:
+        content = _sound_content(path, needs_sidecar)
+    except MemoryError as error:
+        raise UserError(f"{path}: does not fit into memory") from error
     try:
         with warnings.catch_warnings():  # about files that other programs wrote
             warnings.simplefilter("ignore")

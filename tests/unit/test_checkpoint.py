@@ -327,3 +327,16 @@ def test_dying_between_the_two_files_of_a_replacement_leaves_the_old_one_sound(
         # Nor a second time, as on a disk that has room for sidecars only.
         write(store, 1)
         path.write_bytes(old)
+
+
+def test_a_file_larger_than_its_sidecar_says_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    """Sixteen gigabytes of zeros would otherwise be read into memory first."""
+    path = write(opened(tmp_path), 1)
+    os.truncate(path, 1 << 34)
+    with pytest.raises(UserError, match=r"step_00000001\.pt: File larger than"):
+        load_checkpoint(path)
+
+
+def test_a_missing_checkpoint_is_named_and_not_its_missing_sidecar(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"best\.pt: No such file"):
+        opened(tmp_path).load_best()
