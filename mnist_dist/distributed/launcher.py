@@ -171,7 +171,7 @@ def _checked(
             return launch
         problem = "contradict each other"
     except KeyError as error:
-        problem = f"are set, but {error.args[0]} is not"
+        problem = f"{'are' if len(given) > 1 else 'is'} set, but {error.args[0]} is not"
     except (ValueError, IndexError) as error:
         problem = f"cannot be used ({error})"
     raise UserError(

@@ -66,12 +66,25 @@ def test_a_terminal_that_is_closed_stops_the_job_with_its_state_saved(tmp_path: 
     assert ended["saved_step"] == ended["step"]
 
 
-def test_a_hangup_of_torchrun_saves_even_under_nohup_which_torchrun_undoes(tmp_path: Path) -> None:
+def stop_and_continue(job: subprocess.Popen[bytes]) -> None:
+    """Stop torchrun and all of its ranks for a while, as Ctrl-Z does."""
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    assert len(children) == 2
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in (job.pid, *map(int, children)):
+            os.kill(pid, number)
+        time.sleep(3)
+
+
+def test_a_stopped_job_goes_on_and_a_hangup_of_torchrun_saves_even_under_nohup(
+    tmp_path: Path,
+) -> None:
     words = ["nohup", sys.executable, *TORCHRUN, *LONG]
     log = (tmp_path / "log").open("wb")
     job = subprocess.Popen(words, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         until_training(job, tmp_path)
+        stop_and_continue(job)
         job.send_signal(signal.SIGHUP)
         assert job.wait(60) == 1, "torchrun's own exit code"
     finally:

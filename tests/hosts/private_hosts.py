@@ -79,6 +79,13 @@ class Hosts:
                 start_new_session=True,
             )
 
+    def use_ipv6_alone(self) -> None:
+        """Take the IPv4 addresses from all hosts, and give them fd77::1 to fd77::N."""
+        for number, host in enumerate(self.names, 1):
+            name = self._namespace(host)
+            _ip("-n", name, "-4", "addr", "flush", "dev", "eth0")
+            _ip("-n", name, "addr", "add", f"fd77::{number}/64", "dev", "eth0", "nodad")
+
     def processes(self, host: str, marker: str = "") -> list[int]:
         """What runs on `host` with `marker` in its command."""
         found = []

@@ -149,6 +149,30 @@ def test_hosts_train_together_with_the_losses_of_one_process(
     job.require_losses_as_if_alone()
 
 
+def test_hosts_that_share_only_ipv6_train_together(hosts: Hosts, tmp_path: Path) -> None:
+    """Without torchrun, whose own connections are not what is in question here."""
+    hosts.use_ipv6_alone()
+    job = {
+        "MASTER_ADDR": "[fd77::1]",
+        "SLURM_JOB_ID": "9",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "n[1-2]",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+        "SLURM_LOCALID": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+    words = [sys.executable, str(ROOT / "train_ddp.py"), *SHORT, "--setup-timeout=60"]
+    ranks = []
+    for host, rank in (("n1", "0"), ("n2", "1")):
+        variables = job | {"SLURM_PROCID": rank, "SLURM_NODEID": rank}
+        log = tmp_path / f"{host}.log"
+        ranks.append(hosts.start(host, tmp_path, log, *words, "--run-dir=run", **variables))
+    logs = [rank.wait(120) for rank in ranks], (tmp_path / "n1.log").read_text()
+    assert logs[0] == [0, 0], logs[1]
+    assert losses(tmp_path / "run") == pytest.approx(alone(*SHORT), rel=1e-5)
+
+
 def test_a_killed_process_is_replaced_on_both_hosts(hosts: Hosts, tmp_path: Path) -> None:
     job = HostJob(hosts, tmp_path, "2", *LONG)
     job.start("n1")

@@ -206,7 +206,8 @@ class Examination:
     def _connected(self) -> list[Finding]:
         if self._launch.world_size == 1:
             return []
-        where = f"{self._launch.master_addr}:{self._launch.master_port}"
+        address = self._launch.master_addr or ""
+        where = f"{f'[{address}]' if ':' in address else address}:{self._launch.master_port}"
         return [Finding("rendezvous", "ok", f"{self._launch.world_size} ranks at {where}")]
 
     def _is_blocked(self, *skipped: str, by: set[str]) -> bool:
