@@ -1,11 +1,13 @@
 """The flags of `mnist-dist doctor`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mnist_dist.errors import UserError
 from mnist_dist.flags import flag, parse_flags
+
+_TRAIN_S = 35.0
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class DoctorConfig:
     timeout: float = flag(
         25.0,
         metavar="SECONDS",
-        help="time limit of all checks; the rendezvous may take three fifths of it",
+        help="time limit of all checks, to which --train adds 35; the rendezvous may take three "
+        "fifths of it",
     )
     train: bool = flag(
         False,
@@ -52,4 +55,4 @@ def parse(argv: Sequence[str]) -> DoctorConfig:
         raise UserError("--backend nccl: NCCL needs GPUs; use gloo with --device cpu")
     if config.precision == "tf32" and config.device == "cpu":
         raise UserError("--precision tf32: needs a GPU; use fp32, or bf16")
-    return config
+    return replace(config, timeout=config.timeout + _TRAIN_S) if config.train else config
