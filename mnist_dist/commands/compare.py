@@ -34,6 +34,7 @@ _IMPLEMENTATION = (
 )
 # Other values change the rounding at most.
 _WORLD = ("world_size", "hosts", "launcher", "backend", "threads")
+_MOST_EPOCHS = 10**6  # that --epochs takes
 # Where data is cached does not matter, and `data` is compared by its content.
 _LEFT_OUT = ("cache_dir", "data")
 
@@ -77,7 +78,8 @@ class _Run:
         if self.unreadable_lines:
             notes.append(f"unreadable lines in metrics.jsonl: {self.unreadable_lines}")
         if missing := sorted(set(range(1, last + 1)) - set(self.losses)):
-            notes.append(f"no losses of epochs {', '.join(map(str, missing))}")
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            notes.append(f"no losses of epoch {missing[0]}{more}")
         for file, content in {"config": self.config, "environment": self.environment}.items():
             if not content:
                 notes.append(f"no readable {file}.json")
@@ -143,7 +145,11 @@ def _load(path: Path) -> _Run:
     records = list(read_records(file))
     for record in records:
         epoch = record.get("epoch")
-        if type(epoch) is int and epoch >= 1 and any(tag in record for tag in LOSSES):
+        if (
+            type(epoch) is int
+            and 1 <= epoch <= _MOST_EPOCHS
+            and any(tag in record for tag in LOSSES)
+        ):
             losses[epoch] = {tag: finite_number(record, tag) for tag in LOSSES}
     if not losses:
         status = summaries[0].status

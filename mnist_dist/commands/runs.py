@@ -152,8 +152,10 @@ def read_records(file: Path) -> Iterator[Mapping[str, Any]]:
 def finite_number(values: Mapping[str, Any], name: str) -> float | None:
     """Return the number under `name`, None if there is no finite one."""
     value = values.get(name)
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good and value is not None else None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+            return float(value) if math.isfinite(value) else None
+    return None
 
 
 def _count(values: Mapping[str, Any], name: str) -> int | None:

@@ -143,6 +143,7 @@ def test_unfinished_and_damaged_runs_are_compared_as_far_as_they_go(
     cut = with_losses(whole, tmp_path / "cut", lambda records: records[:2])
     (cut / "status.json").write_text(json.dumps({"status": "preempted", "epoch": 2}))
     with (cut / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"epoch": 1{"0" * 12}, "val/loss": 1}}\n')
         file.write('{"epoch": 3, "val/lo')
     hole = with_losses(whole, tmp_path / "hole", lambda records: [records[0], records[2]])
     (hole / "config.json").write_text("{")
@@ -153,7 +154,7 @@ def test_unfinished_and_damaged_runs_are_compared_as_far_as_they_go(
     assert [each["notes"] for each in report["runs"]] == [
         [],
         ["preempted, 2 of 3 epochs", "unreadable lines in metrics.jsonl: 1"],
-        ["no losses of epochs 2", "no readable config.json", "no readable environment.json"],
+        ["no losses of epoch 2", "no readable config.json", "no readable environment.json"],
     ]
     assert report["pairs"][1]["differing"] == {}, "nothing is known"
     assert main(["compare", str(whole), str(cut)]) == 0
@@ -164,7 +165,7 @@ def test_a_loss_that_is_not_finite_in_one_run_only_is_beyond(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def lose(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        records[1]["val/loss"] = None
+        records[1]["val/loss"] = 10**400
         return records
 
     lost = with_losses(runs / "run-1", tmp_path / "lost", lose)
