@@ -105,7 +105,7 @@ def end_epoch(job: Job, state: TrainState, metrics: dict[str, float], progress: 
     metrics |= {"val/loss": validation.loss, "val/accuracy": validation.accuracy, "lr": state.lr}
     # Logged before it is saved: a kill in between repeats the epoch and drops its record.
     log(job, state, metrics, job.build_plots(state, validation) if with_plots else None)
-    job.save_checkpoint(state, metrics, best=improved, newest=job.is_save_due(state.epoch))
+    job.save_checkpoint(state, metrics, best=improved, newest=job.is_save_due(state))
     progress.epoch(state.epoch, state.step, metrics, improved)
 
 

@@ -58,9 +58,14 @@ class Job:
         """What every number of the run depends on: a resume must have the same."""
         return self.config.hyperparameters() | {"data": self.dataset.fingerprint}
 
-    def is_save_due(self, epoch: int) -> bool:
-        """Return whether the run gets a checkpoint after `epoch` epochs."""
-        return epoch % self.config.checkpoint_every_epochs == 0 or epoch == self.config.epochs
+    def is_save_due(self, state: TrainState) -> bool:
+        """Return whether the run gets a checkpoint after the epoch that was just finished."""
+        of_epoch = state.epoch % self.config.checkpoint_every_epochs == 0
+        return of_epoch or state.epoch == self.config.epochs or self._is_step_due(state)
+
+    def _is_step_due(self, state: TrainState) -> bool:
+        every = self.config.checkpoint_every_steps
+        return every is not None and state.step % every == 0
 
     def should_log_plots(self, epoch: int) -> bool:
         """Return whether TensorBoard gets plots of epoch number `epoch` (1 = the first)."""
@@ -173,8 +178,9 @@ class Job:
             JobError: a loss was not finite, or the run directory is no longer this job's.
             Preempted: a rank was asked to stop; the state is on disk.
         """
-        every = self.config.checkpoint_every_steps
-        save_now = every is not None and state.step % every == 0
+        # After an epoch's last step the checkpoint follows with the epoch's validation.
+        is_last = state.batch == self.sharding.steps_per_epoch
+        save_now = self._is_step_due(state) and not is_last
         sync.limit_launches()
         sync.count(steps)
         if sync.is_due or save_now:

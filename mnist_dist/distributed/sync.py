@@ -22,6 +22,8 @@ _PERIOD_SINGLE_S = 0.1
 _HEADER_BYTES = 5 * 8
 # How long a rank that was asked to stop still waits for its GPU: launchers kill 30 s later.
 _GRACE_S = 5.0
+# How long one that was asked to stop still waits for its first step, to save it.
+_START_GRACE_S = 15.0
 
 
 class StopRequest:
@@ -31,6 +33,8 @@ class StopRequest:
         self.signal = 0
         """Number of the first signal received, 0 if none."""
         self._since = 0.0
+        self.is_starting = True
+        """Whether no step was taken yet, so that leaving at once would lose nothing."""
 
     def listen(self) -> None:
         """Handle the signals from now on; a second request exits at once.
@@ -56,9 +60,18 @@ class StopRequest:
         now = time.monotonic()
         if self.signal == 0:
             self.signal, self._since = number, now
+            timer = threading.Timer(_START_GRACE_S, self._leave_start)
+            timer.daemon = True
+            timer.start()
         elif now - self._since > _SAME_REQUEST_S:
             print_line("second stop request: exiting without saving")
             os._exit(128 + number)
+
+    def _leave_start(self) -> None:
+        if self.is_starting:
+            name = signal.Signals(self.signal).name
+            print_line(f"stopped: {name} before the first step")
+            os._exit(128 + self.signal)
 
 
 @dataclass(frozen=True)
@@ -161,6 +174,7 @@ class RankSync:
             payload: (n,) uint8, the same length on every rank, to travel in the same collective.
             lost_run: this rank may no longer write into the run's directory.
         """
+        self._stop.is_starting = False
         now = time.monotonic()
         timer = self._save_every_seconds
         save_due = timer is not None and now - self._saved >= timer

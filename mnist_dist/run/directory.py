@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,8 @@ from mnist_dist.run.metrics import MetricsWriter
 from mnist_dist.run.state import TrainState
 
 Status = Literal["running", "completed", "preempted", "failed"]
+_STAMP = "%Y%m%d-%H%M%S"
+_RUN_NAME = re.compile(r"(?P<stamp>\d{8}-\d{6})_(?P<id>.+)", re.DOTALL)
 _LARGEST_STATUS = 1 << 20  # bytes
 _LOCK_WAIT_S = 10.0
 
@@ -329,11 +331,16 @@ def find_run_directory(run_dir: str | None, job_id: str | None) -> Path:
 
 def _default_path(job_id: str | None) -> Path:
     runs = Path("runs")
+    earlier = {path: match for path in runs.glob("*") if (match := _RUN_NAME.fullmatch(path.name))}
     if job_id is not None:
-        name = re.compile(rf"[\d-]+_{re.escape(job_id)}")
-        earlier = [p for p in runs.glob("*") if name.fullmatch(p.name)]
-        unfinished = [p for p in earlier if read_status(p) != "completed"]
+        of_job = [path for path, match in earlier.items() if match["id"] == job_id]
+        unfinished = [path for path in of_job if read_status(path) != "completed"]
         if unfinished:
             return max(unfinished)
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    # Runs are sorted by name: a newer one must sort last even if the clock was set back.
+    stamp = datetime.now().strftime(_STAMP)
+    newest = max((match["stamp"] for match in earlier.values()), default="")
+    if newest >= stamp:
+        with contextlib.suppress(ValueError, OverflowError):  # a name that is no time
+            stamp = (datetime.strptime(newest, _STAMP) + timedelta(seconds=1)).strftime(_STAMP)
     return runs / f"{stamp}_{job_id or f'pid-{os.getpid()}'}"

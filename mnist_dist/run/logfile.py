@@ -20,7 +20,8 @@ class LogFile:
         Raises:
             OSError: it cannot be opened; with `exclusive`, it is there already.
         """
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_EXCL if exclusive else 0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags |= os.O_EXCL if exclusive else 0
         self._descriptor = os.open(path, flags, 0o666)
         self._path = path
         self._synced = os.fstat(self._descriptor).st_size

@@ -3,6 +3,7 @@
 The fault happens on one rank only, at its fifth batch or at the start; the rest is `train_ddp.py`.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -83,6 +84,19 @@ def flipped_weight(_: list[str]) -> None:
     TrainState.count_step = count_step  # type: ignore[method-assign]
 
 
+def infinite_bias(_: list[str]) -> None:
+    """A unit that is always off after step 6: no loss shows it."""
+    original = TrainState.count_step
+
+    def count_step(self: TrainState, loss_sum: torch.Tensor) -> None:
+        original(self, loss_sum)
+        if self.step == 6:
+            with torch.no_grad():
+                self.model.get_parameter("hidden1.bias")[0] = -math.inf
+
+    TrainState.count_step = count_step  # type: ignore[method-assign]
+
+
 def other_flag(flags: list[str]) -> None:
     flags.append("--lr=0.75")
 
@@ -93,6 +107,7 @@ FAULTS: dict[str, Callable[[list[str]], None]] = {
     "out_of_memory": out_of_memory,
     "other_weights": other_weights,
     "flipped_weight": flipped_weight,
+    "infinite_bias": infinite_bias,
     "other_flag": other_flag,
 }
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from processes import metrics
+from processes import metrics, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.live_job import LiveJob
+from mnist_dist.distributed import sync
 
 # Over a second an epoch, which is how often two processes meet, so that faults happen within one.
 SAMPLES = 1500
@@ -209,3 +210,16 @@ def test_a_rank_that_never_comes_is_named_within_the_setup_timeout(tmp_path: Pat
         os.kill(stopped, signal.SIGKILL)  # as torchrun would, half a minute later
         assert job.wait(timeout=30) == 1
         assert not job.run.exists()
+
+
+def stop_in_an_endless_start() -> None:
+    sync._START_GRACE_S = 0.2
+    request = sync.StopRequest()
+    request.listen()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+def test_a_start_that_does_not_end_ends_when_it_is_asked_to_stop() -> None:
+    with pytest.raises(RuntimeError, match=f"died, exit code {128 + signal.SIGTERM}"):
+        run_ranks(stop_in_an_endless_start, 1, timeout=60)

@@ -18,7 +18,6 @@ from data_files import (
     digits,
     floats,
     isolate,
-    pickled,
     read,
     write_bytes,
     write_idx,
@@ -302,37 +301,3 @@ def test_digits_that_lie_transposed_are_warned_of_at_every_start(tmp_path: Path)
         (warning,) = find_data(str(renamed), None).warnings
         assert "look transposed, as in EMNIST" in warning
         assert str(renamed) in warning
-
-
-def test_the_same_bytes_under_emnists_names_are_another_data_set_in_the_cache(
-    tmp_path: Path,
-) -> None:
-    made = digits()
-    emnist = write_named(tmp_path / "a" / "raw", made, "emnist-mnist-{part}-{kind}-ubyte", True)
-    renamed = write_named(tmp_path / "b" / "raw", made, "{part}-{kind}-ubyte", True)
-    for _ in range(2):  # converted, and from the cache
-        assert_holds(read(emnist), made)
-        assert not torch.equal(read(renamed).test.images, read(emnist).test.images)
-
-
-ODD_GZIPS: dict[str, Callable[[bytes], bytes]] = {
-    "two members": lambda content: gzip.compress(content[:1000]) + gzip.compress(content[1000:]),
-    "an empty member": lambda content: gzip.compress(b"") + gzip.compress(content),
-    "padding": lambda content: gzip.compress(content) + bytes(512),
-    "not compressed": lambda content: gzip.compress(content, 0),
-    "a name and a comment": lambda content: (
-        b"\x1f\x8b\x08\x18" + bytes(6) + b"old name\0comment\0" + gzip.compress(content)[10:]
-    ),
-}
-
-
-@pytest.mark.parametrize("pack", ODD_GZIPS.values(), ids=ODD_GZIPS)
-def test_every_way_to_write_gzip_is_read(pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
-    made = digits()
-    directory = write_idx(tmp_path / "idx", made)
-    for file in sorted(directory.iterdir()):
-        file.with_name(f"{file.name}.gz").write_bytes(pack(file.read_bytes()))
-        file.unlink()
-    assert_holds(read(directory), made)
-    (tmp_path / "mnist.pkl.gz").write_bytes(pack(pickled(made)))
-    assert_holds(read(tmp_path / "mnist.pkl.gz"), made)
