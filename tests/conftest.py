@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from processes import ROOT, completed_run
 
 from mnist_dist.lock import FileLock
@@ -21,6 +22,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """How many processes run the tests: none but this one if some tests are named."""
     return _AT_A_TIME if config.args == config.getini("testpaths") else 0
 
+
+# Another job may hold the cores: no test asserts a time, and none of hypothesis's do.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 # What takes longest comes first, so that the processes end at about the same time.
 _FIRST = ("slurm", "faults", "hosts", "gpu", "gpu_emulated", "commands")

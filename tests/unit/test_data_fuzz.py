@@ -27,9 +27,7 @@ from mnist_dist.data import DataError
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
 
 BLANK = blank()
-SETTINGS = settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
-)
+SETTINGS = settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow], database=None)
 
 
 @pytest.fixture(autouse=True)

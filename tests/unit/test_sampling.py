@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DistributedSampler
@@ -168,7 +168,6 @@ def test_any_number_of_ranks_and_a_resume_within_the_epoch_see_the_same_shifted_
     assert batches_seen(split, world_size=2, first_batch=2) == whole[2:]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 900), st.integers(1, 700), st.integers(1, 7), st.data())
 def test_every_step_gets_the_ranks_own_rows_of_its_global_batch_in_order(
     samples: int, global_batch_size: int, world_size: int, data: st.DataObject
