@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-# Before torch, whose import takes seconds: it notes the parent process that ranks exit with.
+# Before torch, which takes seconds to import: records the parent process to exit with.
 from mnist_dist.distributed.launcher import Launch  # isort: skip
 
 import torch
@@ -87,7 +87,7 @@ def train_step(
 
     DDP averages gradients over the ranks. With `scale` = world size / samples in the global batch,
     the average of the scaled sums is the gradient of the mean loss over the global batch, however
-    unequal the parts are; a rank whose part is empty contributes zeros.
+    unequal the parts are; a rank with an empty part contributes zeros.
     """
     loss = F.cross_entropy(model(images), labels, reduction="sum")
     optimizer.zero_grad()
@@ -99,7 +99,7 @@ def train_step(
 def end_epoch(job: Job, state: TrainState, metrics: dict[str, float], progress: Progress) -> None:
     """Validate on all ranks and decide whether this is best.pt; log and save on rank 0."""
     with_plots = job.should_log_plots(state.epoch + 1)
-    # All-reduces float64 sums, so that every sample counts once whatever does not divide by what.
+    # All-reduces float64 sums without padding, so that every sample counts exactly once.
     validation = evaluate(state.model, job.dataset.validation, job.world, 16 if with_plots else 0)
     improved = state.finish_epoch(validation.loss)
     metrics |= {"val/loss": validation.loss, "val/accuracy": validation.accuracy, "lr": state.lr}

@@ -4,7 +4,7 @@ python -m benchmarks.compare --data ../shared/data/mnist.pkl.gz --world-sizes 1 
 
 An epoch is training and validation. Ours, with either --step, is the whole job of 25 epochs (the
 default) with its records and checkpoints. In each round every contender runs once, as its own job,
-whose first epoch is a warm-up and does not count. The tables of `benchmarks.parts` and
+and its first epoch, a warm-up, does not count. The tables of `benchmarks.parts` and
 `benchmarks.start` follow. `pip install -e '.[compare]'` installs the peers.
 """
 

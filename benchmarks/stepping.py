@@ -88,7 +88,7 @@ def _wrap(model: nn.Module, world: World, transport: Transport) -> DistributedDa
 
 
 def _keep_local(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Leave the gradients as they are, as a DDP communication hook."""
+    """Return the gradients unchanged, as a DDP communication hook."""
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future

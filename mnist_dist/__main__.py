@@ -63,7 +63,7 @@ def _run(module: str, flags: Sequence[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has gone, as after `| head`
+    except BrokenPipeError:  # the reader has exited, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

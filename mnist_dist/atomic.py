@@ -11,14 +11,14 @@ from pathlib import Path
 from mnist_dist.files import create_new
 
 TEMPORARY_SUFFIX = ".partial"
-# What file systems answer that cannot flush a directory: CIFS, VirtualBox, sshfs and other FUSE.
+# Errors of file systems that cannot flush a directory: CIFS, VirtualBox, sshfs and other FUSE.
 _CANNOT_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def write_atomically(
     path: Path, content: bytes, check: Callable[[Path], None] = lambda written: None
 ) -> None:
-    """Replace `path` by `content`, or leave it as it was; after the return it survives power loss.
+    """Replace `path` by `content`, or leave it unchanged; survives power loss once it returns.
 
     The temporary file is in the same directory, since a rename is atomic only within one file
     system, and the directory is flushed too, since the rename itself lives there. Its name is new:
@@ -27,8 +27,8 @@ def write_atomically(
     Args:
         path: where to; its directory exists.
         content: all of the new file.
-        check: looks at the written file before it takes its name; what it raises goes on to the
-            caller, and nothing is left behind.
+        check: validates the written file before it takes its name; its exceptions propagate, and
+            nothing is left behind.
 
     Raises:
         OSError: the disk is full or the directory cannot be written; nothing is left behind. It

@@ -40,7 +40,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 class CannotCaptureError(Exception):
-    """The model's step cannot be a graph; nothing has changed, and it can be taken without."""
+    """The model's step cannot be captured; nothing has changed, and it still runs eagerly."""
 
 
 class GraphSteps:
@@ -211,7 +211,7 @@ class GraphSteps:
                 self._run(steps)
                 foreach_copy_(gradients, [p.grad for p in parameters])
         except RuntimeError as error:
-            # What a failed capture leaves of the allocator's state is undefined: no going on.
+            # A failed capture leaves the allocator in an undefined state: the job must end.
             raise JobError(
                 f"--cuda-graphs auto: the training step could not be captured "
                 f"({str(error).splitlines()[0]}); give --cuda-graphs off"

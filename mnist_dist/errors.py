@@ -1,4 +1,4 @@
-"""The ways a run ends early that are no bug: said once, in one line, without a traceback."""
+"""Ends of a run that are not bugs, reported once, in one line, without a traceback."""
 
 import contextlib
 import sys
@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 
 def print_line(line: str) -> None:
-    """Print `mnist-dist: LINE` on stderr, unless its terminal is gone, its disk full or it closed.
+    """Print `mnist-dist: LINE` on stderr; ignore a lost terminal, a full disk or a closed stream.
 
     In one write, so that lines of several ranks do not mix.
     """
@@ -39,7 +39,7 @@ class NodeError(UserError):
 
 
 class JobError(ReportedError):
-    """The run cannot go on. The line says at which step, on which rank, why, and what to do."""
+    """The run cannot continue. The line gives the step, the rank, the cause and the remedy."""
 
     exit_code = 1
 
@@ -48,7 +48,7 @@ class RendezvousError(JobError):
     """The ranks could not connect. The first rank of each node prints it for its node."""
 
 
-class Preempted(ReportedError):  # noqa: N818 - it is not an error of anybody's
+class Preempted(ReportedError):  # noqa: N818 - not an error
     """The run was asked to stop, has saved its state, and can be continued.
 
     The exit code is that of sysexits.h for "try again later".

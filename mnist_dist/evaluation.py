@@ -71,11 +71,11 @@ def evaluate(model: nn.Module, split: Split, world: World, errors: int = 0) -> E
     """Evaluate every sample of `split` once, shared out over all ranks.
 
     Sums are taken in float64 and divided once, after the all-reduce, so the result does not depend
-    on the number of ranks beyond float64 rounding. The random state stays as it is: a checkpoint
-    made after this holds the one from before.
+    on the number of ranks beyond float64 rounding. The random state is preserved, so that a
+    checkpoint made after this holds the one from before.
 
     Args:
-        model: the bare model, never the DistributedDataParallel wrapper, whose forward has
+        model: the bare model, never the DistributedDataParallel wrapper: its forward pass has
             collectives of its own.
         split: the whole split, on the model's device.
         world: the ranks that share the work.

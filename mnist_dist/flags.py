@@ -113,7 +113,7 @@ class _Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         try:
             print(self.format_help(), end="", file=file, flush=True)
-        except BrokenPipeError:  # the reader has gone, as after `| head`
+        except BrokenPipeError:  # the reader has exited, as after `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -185,7 +185,7 @@ def _reader(base: type[Any], optional: bool) -> Callable[[str], Any]:
 
 
 def _name(field: dataclasses.Field[Any]) -> str:
-    """What a person knows the field as: the flag, or the positional argument's metavar."""
+    """The field's name for the user: the flag, or the positional argument's metavar."""
     if field.metadata.get("positional"):
         return str(field.metadata["metavar"])
     return "--" + field.name.replace("_", "-")

@@ -39,7 +39,7 @@ from mnist_dist.sampling import Sharding
 
 @dataclass(frozen=True)
 class Job:
-    """What one process holds while it trains, besides the state."""
+    """What one process holds while it trains, except the state."""
 
     config: TrainConfig
     world: World

@@ -30,7 +30,7 @@ class LockLostError(OSError):
 
 
 class LockHeldError(Exception):
-    """Another process holds the lock; the text names it as far as it is known."""
+    """Another process holds the lock; the text names it, if known."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class FileLock:
         """Check that the file at the path is still the one that was locked, if it was.
 
         Raises:
-            LockLostError: it is not; the text says what became of it.
+            LockLostError: it is not; the text gives the reason.
         """
         if self._descriptor is None:
             return

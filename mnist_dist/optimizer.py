@@ -25,8 +25,9 @@ TrainStep = Callable[[nn.Module, torch.optim.Optimizer, Tensor, Tensor, Tensor],
 class LeanSGD(torch.optim.SGD):
     """torch.optim.SGD without its per-step bookkeeping: the same bits, the same state dict.
 
-    For a model this small torch's own `step` spends more time on grouping tensors, profiling hooks
-    and closures than on arithmetic. Works for one group of dense float parameters on one device.
+    For a model this small, the `step` of torch.optim.SGD spends more time on grouping tensors,
+    profiling hooks and closures than on arithmetic. Works for one group of dense float parameters
+    on one device.
 
     On a GPU one fused kernel makes the update. The learning rate may then be a tensor on the GPU,
     as a CUDA graph needs it, which gives the bits of the same number as a float.

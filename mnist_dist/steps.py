@@ -134,7 +134,7 @@ def _capture(
 
 
 def _capture_or_explain(graphs: GraphSteps) -> str | None:
-    """Capture `graphs`; return why that cannot be, None if it is done."""
+    """Capture `graphs`; return why they cannot be captured, None on success."""
     try:
         graphs.capture()
     except CannotCaptureError as error:

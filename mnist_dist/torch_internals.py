@@ -61,7 +61,7 @@ def default_store() -> torch.distributed.Store:
 def without_compiler(method: Callable[..., Any]) -> Callable[..., Any]:
     """Return a method of torch.optim without the decorator that imports torch._dynamo.
 
-    That import takes as long as torch's own, and nothing here compiles an optimizer.
+    That import takes as long as torch itself, and nothing here compiles an optimizer.
     """
     return getattr(method, "__wrapped__", method)
 
@@ -76,5 +76,5 @@ def without_profiler(step: T) -> T:
 
 
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
-    """Tell the learning-rate scheduler that `optimizer` has stepped, by other means than `step`."""
+    """Mark `optimizer` as stepped for the learning-rate scheduler, without calling `step`."""
     optimizer._opt_called = True  # type: ignore[attr-defined]

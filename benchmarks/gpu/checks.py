@@ -354,4 +354,4 @@ def run(name: str, device: str) -> NoReturn:
         traceback.print_exc()
         result = {"ok": False, "found": f"{type(error).__name__}: {error}"}
     print(json.dumps(result), flush=True)
-    os._exit(0)  # whatever is still waiting
+    os._exit(0)  # even if threads are still waiting

@@ -31,7 +31,7 @@ class RunSummary:
 
     path: str
     status: str
-    """running, completed, preempted or failed, from status.json; killed: status.json says running,
+    """running, completed, preempted or failed, from status.json; killed: status.json has running,
     but the process on this host is gone; unreadable: there is no readable status.json."""
     data: str | None
     """Short name of the training data."""

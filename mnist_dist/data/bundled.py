@@ -14,7 +14,7 @@ from mnist_dist.dimensions import IMAGE_PIXELS, IMAGE_SIDE, NUM_CLASSES
 
 DESCRIPTION = "bundled 5,000-digit subset of MNIST, 4,000 / 500 / 500"
 
-# Samples by which digits are told from other images.
+# Samples used to distinguish digits from other images.
 _ENOUGH = 2_000
 # The split of each class's 500 digits, in the file's order: train, validation, test.
 _SHARES = (slice(0, 400), slice(400, 450), slice(450, 500))

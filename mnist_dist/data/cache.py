@@ -1,8 +1,8 @@
 """Converted data on disk: one file per data set, shared by the processes of a node.
 
 An entry is a plain dict of uint8 tensors saved by ``torch.save``. It is complete or absent, and it
-is created once, however many jobs need it at the same time. It is believed only if no other user
-but root can have written it, and if its content has the fingerprint that it claims.
+is created once, however many jobs need it at the same time. It is used only if no user other
+than this one and root can have written it, and if its content matches its fingerprint.
 """
 
 import atexit
@@ -72,7 +72,7 @@ def directory(chosen: str | Path | None) -> Path:
         with naming_file(f"cache {named}", REMEDY):
             return Path(named).expanduser().absolute()
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG specification says to ignore a relative path.
+    # The XDG specification requires relative paths to be ignored.
     return (shared if shared.is_absolute() else _home() / ".cache") / "mnist-dist"
 
 

@@ -1,6 +1,6 @@
 """Data sets of four files, images and labels for training and testing, in a directory or a zip.
 
-The files are told apart by their names: ``train-images-idx3-ubyte`` and so on (MNIST,
+The files are identified by their names: ``train-images-idx3-ubyte`` and so on (MNIST,
 Fashion-MNIST), with a prefix and ``test`` in place of ``t10k`` (EMNIST, QMNIST), or
 ``kmnist-train-imgs.npz`` (KMNIST).
 """

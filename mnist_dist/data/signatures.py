@@ -3,7 +3,7 @@
 from mnist_dist.data.errors import MalformedError
 
 HEAD = 512
-"""Bytes that tell the formats apart."""
+"""Bytes that distinguish the formats."""
 
 SAVE_AS_NPZ = "save x_train, y_train, x_test and y_test with numpy.savez, and pass that file"
 _DOWNLOAD = "download the file itself, by its direct link, or pass another file with --data"

@@ -34,7 +34,7 @@ def pick_device(
     """Return the CPU, or this process's GPU; every process of a node decides for the same kind.
 
     Args:
-        launch: this process's place among the others.
+        launch: this process's rank and world size.
         device: "cpu"; "cuda", a GPU for each process of a node; "cuda:N", GPU N for all of them;
             or "auto", which is "cuda" where there are enough GPUs, and else "cpu".
         warn: called with a line if "auto" leaves GPUs unused.
@@ -116,7 +116,7 @@ def pick_backend(launch: Launch, device: torch.device, wanted: str, backend: str
     """Return NCCL where each process has a GPU of its own, else gloo, unless the user chose.
 
     Args:
-        launch: this process's place among the others.
+        launch: this process's rank and world size.
         device: of this process.
         wanted: the value of --device.
         backend: "auto", "gloo" or "nccl".
@@ -156,7 +156,7 @@ def set_threads(launch: Launch, local_batch_size: int | None = None) -> None:
     who sets OMP_NUM_THREADS decides; torchrun sets it to 1 on its own, so 1 means nothing there.
 
     Args:
-        launch: this process's place among the others.
+        launch: this process's rank and world size.
         local_batch_size: rows of this rank's matrix products in training; None where that is not
             known.
     """

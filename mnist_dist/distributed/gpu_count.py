@@ -1,4 +1,4 @@
-"""Count the GPUs that torch would use on this node, without torch, whose import takes seconds.
+"""Count the GPUs that torch would use on this node, without torch, which takes seconds to import.
 
 `python -m mnist_dist.distributed.gpu_count` prints the number, for launch scripts.
 """

@@ -1,4 +1,4 @@
-"""How far the host may run ahead of its GPU, and how long it waits for it."""
+"""Bound how far the host runs ahead of its GPU, and how long it waits for it."""
 
 import time
 from collections import deque
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-# Launches, of a step or of a graph, that may be under way: enough that the GPU never waits.
+# Launches, of a step or of a graph, that may be in flight: enough that the GPU never waits.
 _MOST_LAUNCHED = 32
 _SPIN_S, _CHECK_EVERY_S = 0.001, 0.5
 
@@ -26,14 +26,14 @@ class LaunchQueue:
 
         Args:
             device: of this process.
-            timeout: seconds until the GPU's work is given up.
+            timeout: seconds to wait for the GPU.
             check: called now and then during a wait with its seconds; may raise.
         """
         self._on_gpu, self._timeout, self._check = device.type == "cuda", timeout, check
         self._events: deque[torch.cuda.Event] = deque()
 
     def add(self) -> None:
-        """Note that something was launched, and wait if too much is under way.
+        """Record a launch, and wait if too many are in flight.
 
         Raises:
             ConnectionError: the GPU did not finish what was launched before in time.

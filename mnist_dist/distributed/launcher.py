@@ -1,6 +1,6 @@
 """Read this process's place in the job from its launcher, and exit when the launcher dies.
 
-The only module that reads the launcher's environment variables. Imported before torch, whose import
+The only module that reads the launcher's environment variables. Imported before torch: that import
 takes seconds in which the launcher may already die.
 """
 
@@ -184,7 +184,7 @@ def _checked(
 def _is_shell_step(environment: Mapping[str, str]) -> bool:
     """Return whether this process was typed into the shell of a step (salloc, srun --pty bash).
 
-    That shell is task 0 with the variables of the whole step, whose other tasks have ended.
+    That shell is task 0 with the variables of the whole step; its other tasks have ended.
     """
     if environment.get("SLURM_STEP_ID") == _INTERACTIVE_STEP:
         return True

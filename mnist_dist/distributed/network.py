@@ -271,7 +271,7 @@ def _reason(error: OSError) -> str:
 
 
 def main() -> int:
-    """Check, wait and print as the module's docstring says; return the exit code."""
+    """Check, wait and print as the module's docstring describes; return the exit code."""
     host, port, node_rank = sys.argv[1].strip("[]"), int(sys.argv[2]), int(sys.argv[3])
     timeout = float(os.environ.get("SETUP_TIMEOUT", "600"))
     deadline = time.monotonic() + timeout

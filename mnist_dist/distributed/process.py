@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-# Before torch, whose import takes seconds: it notes the parent that we are to end with.
+# Before torch, which takes seconds to import: records the parent process to exit with.
 from mnist_dist.distributed.launcher import (  # isort: skip
     Launch,
     exit_with_parent,

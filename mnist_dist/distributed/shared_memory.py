@@ -51,10 +51,10 @@ class SharedMemoryAllReduce:
         Args:
             world: at least two ranks on each node.
             size: elements of the longest vector.
-            timeout: seconds until a rank that does not respond is given up.
+            timeout: seconds to wait for a rank that does not respond.
 
         Raises:
-            OSError: on every rank, if some cannot share memory with the others of their node.
+            OSError: on every rank, if some cannot share memory with their peers on the node.
         """
         self.seconds = 0.0
         """Time this rank has spent in all-reduces, waiting for its peers included."""
@@ -147,7 +147,7 @@ def connect_shared_memory(
     Args:
         world: the ranks.
         size: elements of the longest vector.
-        timeout: seconds until a rank that does not respond is given up.
+        timeout: seconds to wait for a rank that does not respond.
 
     Returns:
         None where nothing can be shared, and a description for the user that gives the reason.
@@ -193,10 +193,10 @@ class HostBarrier:
 
         Args:
             world: at least two ranks on each node.
-            timeout: seconds until a rank that does not respond is given up.
+            timeout: seconds to wait for a rank that does not respond.
 
         Raises:
-            OSError: on every rank, if some cannot connect to the others of their node.
+            OSError: on every rank, if some cannot connect to their peers on the node.
         """
         self._timeout = timeout
         self._peers: list[socket.socket] = []

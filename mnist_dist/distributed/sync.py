@@ -108,7 +108,7 @@ class RankSync:
         Args:
             world: the ranks, all of which must sync at the same steps.
             save_every_seconds: interval of checkpoints by the clock, None for none.
-            step_timeout: seconds until steps on a GPU are given up.
+            step_timeout: seconds to wait for steps on a GPU.
         """
         self._world = world
         self._queue = LaunchQueue(world.device, step_timeout, self._check_wait)
@@ -143,7 +143,7 @@ class RankSync:
         self._queue.add()
 
     def wait_for_device(self) -> None:
-        """Wait until the GPU has taken all steps: to be called before anything is read from it.
+        """Wait until the GPU has taken all steps. Call this before reading anything from it.
 
         Raises:
             ConnectionError: a peer is gone, or the GPU did not finish in time.

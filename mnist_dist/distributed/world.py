@@ -317,7 +317,7 @@ def init_process_group(
     """Form the process group of the ranks that share `store`, each with its own `device`.
 
     Args:
-        launch: this process's place among the others.
+        launch: this process's rank and world size.
         device: of this process.
         backend: for what is on `device`.
         store: from `rendezvous`.

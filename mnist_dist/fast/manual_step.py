@@ -58,7 +58,7 @@ class ManualStep:
             optimizer: SGD over its parameters; its rates, momentum and state are used.
             world: the ranks.
             share_memory: sum in memory that the ranks of a node share, where possible.
-            timeout: seconds until a rank that does not respond is given up.
+            timeout: seconds to wait for a rank that does not respond.
         """
         assert isinstance(model, MLP)  # check_manual_step has refused any other
         if not isinstance(optimizer, torch.optim.SGD):

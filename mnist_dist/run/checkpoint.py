@@ -151,10 +151,10 @@ class CheckpointStore:
         Args:
             find_fault: given what a file holds, describes why it cannot be used, None if it can.
             set_aside: rename newer, damaged files to `<name>.damaged`, so that they are neither
-                tried nor counted again. Those that cannot be read now stay as they are.
+                tried nor counted again. Those that cannot be read now are left unchanged.
 
         Raises:
-            UserError: there are checkpoints, and none can be used; they stay as they are, so that
+            UserError: there are checkpoints, and none can be used; they are left unchanged, so that
                 the next start is no silent fresh one.
         """
         passed_over: dict[Path, UserError] = {}
@@ -262,7 +262,7 @@ def _set_aside(path: Path) -> None:
 
 
 def _sound_content(path: Path, needs_sidecar: bool = True) -> bytes:
-    """The bytes of a checkpoint, once they are what its sidecar says. Raises UserError if not."""
+    """The bytes of a checkpoint, verified by its sidecar. Raises UserError if they differ."""
     sidecar_path = path.with_suffix(".json")
     with _naming_file():
         if not needs_sidecar and not os.path.lexists(sidecar_path):
@@ -300,14 +300,14 @@ def load_checkpoint(path: Path, needs_sidecar: bool = True) -> Any:
 
     Args:
         path: the `.pt` file.
-        needs_sidecar: False takes a file without one as it is: people copy best.pt around. One
+        needs_sidecar: False accepts a file without one, since best.pt is often copied alone. One
             that is there must still match.
 
     Returns:
         What was saved: a dict with TrainState's keys, if this project wrote it.
 
     Raises:
-        UserError: it is missing or damaged; the text says how.
+        UserError: it is missing or damaged; the text gives the reason.
     """
     try:
         content = _sound_content(path, needs_sidecar)

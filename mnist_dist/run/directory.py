@@ -238,7 +238,7 @@ class RunDirectory:
                 overwrite(self.path / "status.json", _json(self._status(*arguments)))
 
     def _before_checkpoints(self) -> None:
-        """Check that they would be written into this run, whose metrics must be on disk first."""
+        """Check that they would be written into this run, and that its metrics are on disk."""
         self._lock.check()
         self.writer.sync()
 

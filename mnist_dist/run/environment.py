@@ -1,4 +1,4 @@
-"""What the results of a run may depend on besides its configuration."""
+"""Describe what the results of a run may depend on in addition to its configuration."""
 
 import contextlib
 import hashlib

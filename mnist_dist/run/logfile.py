@@ -1,4 +1,4 @@
-"""A file that only grows, on a disk that may be full for a while."""
+"""An append-only file on a disk that may be temporarily full."""
 
 import contextlib
 import os

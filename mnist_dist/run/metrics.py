@@ -44,7 +44,7 @@ class EpochPlots:
     errors: Sequence[tuple[Tensor, str]] = ()
     """Misclassified digits, (784,) uint8 on the CPU, and their captions of up to two lines."""
     model: nn.Module | None = None
-    """Model whose weights to draw, if any."""
+    """Model with the weights to draw, if any."""
 
 
 def should_log_plots(epoch: int, epochs: int) -> bool:

@@ -47,7 +47,7 @@ class _Ranks:
 
 @dataclass
 class TrainState:
-    """Where the run is. A checkpoint is this object; a resume loads it back."""
+    """The position and contents of a run. A checkpoint saves it; a resume loads it."""
 
     model: nn.Module
     """The bare model, not its DistributedDataParallel wrapper."""
@@ -69,7 +69,7 @@ class TrainState:
     _losses: list[Tensor] = field(default_factory=list)
     """Losses of one or several steps, still on the device: reading one waits for the device."""
     _ranks: _Ranks | None = None
-    """What was last known of all ranks."""
+    """The values last exchanged between all ranks."""
 
     @property
     def lr(self) -> float:
@@ -169,8 +169,8 @@ class TrainState:
         """Take in the `local_payload` of all ranks, in rank order.
 
         Returns:
-            The epoch's summed loss over all ranks; and the diverged ranks, whose weights differ in
-            any bit from those that most ranks have.
+            The epoch's summed loss over all ranks; and the diverged ranks: those with weights
+            that differ in any bit from the majority's.
         """
         digests = [payload[:_DIGEST].tolist() for payload in payloads]
         common = max(digests, key=digests.count)

@@ -81,7 +81,7 @@ class RunSummaryWriter(SummaryWriter):
 
 
 class _EventFile(FileWriter):
-    """An event file written by the caller's thread, whose name sorts after its directory's others.
+    """An event file written by the caller's thread; its name sorts last in its directory.
 
     tensorboard's own writes from a thread, which dies of a full disk with a traceback and what it
     could not write. It is named by the clock; but TensorBoard reads files in the order of their

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-# Before torch, whose import takes seconds: this records the parent process to exit with.
+# Before torch, which takes seconds to import: records the parent process to exit with.
 from mnist_dist.distributed.launcher import (  # isort: skip
     Launch,
     exit_with_parent,
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     if launch.launcher != "none":
         exit_with_parent(launch.rank)
     examination = Examination(launch, config)
-    # A network disk or a store whose host is gone may block forever: then only this thread does.
+    # An unresponsive network disk or store may block forever; then it blocks only this thread.
     thread = threading.Thread(target=examination.run, daemon=True)
     thread.start()
     thread.join(config.timeout)

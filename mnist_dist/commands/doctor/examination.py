@@ -75,7 +75,7 @@ class Examination:
         self._fail_alone(f"is still waiting after {self._config.timeout:g} s")
 
     def _fail_alone(self, text: str) -> None:
-        """Print a failure that this rank cannot report to the others."""
+        """Print a failure that this rank cannot report to its peers."""
         text = f"{name_ranks([self._launch.rank], {})} on {socket.gethostname()} {text}"
         remedy = "see the output of the other ranks, or raise --timeout"
         finding = Finding(self._stage, "problem", text, remedy)

@@ -81,7 +81,7 @@ class Report:
         try:
             print(line, flush=True)
         except OSError as error:
-            if not isinstance(error, BrokenPipeError):  # whose reader has seen enough: `| head`
+            if not isinstance(error, BrokenPipeError):  # the reader has exited, as after `| head`
                 self.is_lost = True
                 print_line(f"error: the report cannot be written ({error.strerror})")
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

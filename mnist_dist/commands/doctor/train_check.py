@@ -89,9 +89,9 @@ class TrainCheck:
         """Train with all ranks of `world`, after `alone`.
 
         Returns:
-            As `alone`; also `own_step`, the first whose local loss deviates from that of `alone`,
-            or None; `digest` of the weights, `drift`, their largest difference from those of
-            `alone`; and `description`. Or `error`.
+            As `alone`; also `own_step`, the first with a local loss that deviates from that of
+            `alone`, or None; `digest` of the weights; `drift`, their largest difference from those
+            of `alone`; and `description`. Or `error`.
         """
         assert self._alone is not None
         try:
@@ -263,7 +263,7 @@ def check_together(
 
 
 def _diverged(payloads: Payloads) -> list[int]:
-    """Return the ranks whose weights are not those of the rank that drifted least."""
+    """Return the ranks with weights other than those of the rank that drifted least."""
     drifts = [p["drift"] if p["drift"] == p["drift"] else float("inf") for p in payloads]
     sound = payloads[drifts.index(min(drifts))]["digest"]
     return [rank for rank, payload in enumerate(payloads) if payload["digest"] != sound]
