@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mnist_dist.commands.loading import load_model
-from mnist_dist.commands.preprocessing import find_images, preprocess_image
+from mnist_dist.commands.preprocessing import find_images, read_digit
 from mnist_dist.data.errors import one_line
 from mnist_dist.errors import UserError
 from mnist_dist.flags import argument, flag, parse_flags
@@ -43,6 +43,8 @@ class Prediction:
     """The most probable digit."""
     probabilities: tuple[float, ...]
     """Of the digits 0 to 9, with a sum of 1."""
+    notes: tuple[str, ...] = ()
+    """Why the digit may be misread: several digits in the image, or one that is cut off."""
 
 
 def predict(model: nn.Module | str | Path, images: Iterable[str | Path]) -> list[Prediction]:
@@ -63,8 +65,9 @@ def predict(model: nn.Module | str | Path, images: Iterable[str | Path]) -> list
 @torch.inference_mode()
 def _predict(model: nn.Module, file: Path) -> Prediction:
     """One at a time: in a batch, the last bits would depend on the other images."""
-    probabilities = model(pixels(preprocess_image(file))[None]).softmax(1)[0]
-    return Prediction(str(file), int(probabilities.argmax()), tuple(probabilities.tolist()))
+    image, notes = read_digit(file)
+    probabilities = model(pixels(image)[None]).softmax(1)[0]
+    return Prediction(str(file), int(probabilities.argmax()), tuple(probabilities.tolist()), notes)
 
 
 def run(flags: Sequence[str]) -> int:
@@ -101,4 +104,5 @@ def _print_table(predictions: Sequence[Prediction]) -> None:
     for name, prediction in zip(names, predictions, strict=True):
         probabilities = enumerate(prediction.probabilities)
         columns = "  ".join(f"{digit}: {value:.1%}" for digit, value in probabilities)
-        print(f"{name:{width}}  {prediction.digit}   {columns}")
+        notes = "".join(f"  ({note})" for note in prediction.notes)
+        print(f"{name:{width}}  {prediction.digit}   {columns}{notes}")
