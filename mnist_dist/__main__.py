@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from mnist_dist import __version__
-from mnist_dist.errors import ReportedError
+from mnist_dist.errors import ReportedError, escape_unprintable, print_result
 
 # Each module has `run(flags)`, which returns the exit code or exits the process. Only the module of
 # the command is imported, since importing torch takes seconds.
@@ -26,12 +26,13 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    escape_unprintable()
     words = list(sys.argv[1:] if argv is None else argv)
     match words:
         case ["--version"]:
-            print(f"mnist-dist {__version__}")
+            print_result(f"mnist-dist {__version__}")
         case ["--help" | "-h"] | []:
-            print(_usage())
+            print_result(_usage())
         case [command, *flags] if command in _COMMANDS:
             return _run(_COMMANDS[command][0], flags)
         case [unknown, *_]:

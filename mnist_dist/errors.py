@@ -1,6 +1,8 @@
 """Ends of a run that are not bugs, reported once, in one line, without a traceback."""
 
 import contextlib
+import io
+import os
 import sys
 from typing import ClassVar, Literal
 
@@ -57,3 +59,27 @@ class Preempted(ReportedError):  # noqa: N818 - not an error
     exit_code = 75
     kind = "stopped"
     status = "preempted"
+
+
+def print_result(text: str) -> None:
+    """Print the result of a command. A reader that has gone, as after `| head`, is no error.
+
+    Raises:
+        JobError: it cannot be written.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise JobError(
+                f"the result cannot be written to standard output ({error.strerror}); "
+                "write it elsewhere"
+            ) from error
+
+
+def escape_unprintable() -> None:
+    """Print characters that the output's encoding lacks as escapes, in place of an exception."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

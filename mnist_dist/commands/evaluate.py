@@ -17,7 +17,7 @@ from mnist_dist.commands.loading import TrainedModel, load_trained
 from mnist_dist.data import DataError, DataLocation, Dataset, find_data, load
 from mnist_dist.distributed import process
 from mnist_dist.distributed.world import World, init_distributed
-from mnist_dist.errors import UserError
+from mnist_dist.errors import UserError, print_result
 from mnist_dist.evaluation import Evaluation
 from mnist_dist.flags import argument, flag, parse_flags
 from mnist_dist.run.console import Console
@@ -107,19 +107,24 @@ def _command(flags: Sequence[str], launch: Launch) -> None:
     with init_distributed(launch, config.device, "auto") as world:
         console = Console(enabled=world.is_main_process)
         report = _evaluate(config, world, console.warn)
-        if config.json:
-            console.print(json.dumps(_as_json(report, world)))
-            return
-        result = report.evaluation
-        correct, count = _correct_by_digit(result), _count_by_digit(result)
-        console.print(f"model  {report.trained.description}")
-        console.print(f"data   {report.dataset.description}")
-        console.print(f"world  {world.description()}")
-        console.print(
-            f"{config.split:6} loss {result.loss:.4f}, accuracy {result.accuracy:.2%}: "
-            f"{sum(correct):,} of {result.count:,} digits right"
-        )
-        console.print("       " + "  ".join(f"{d}: {correct[d]}/{n}" for d, n in enumerate(count)))
+        if world.is_main_process:
+            as_json = json.dumps(_as_json(report, world)) if config.json else ""
+            print_result(as_json or _as_text(report, world))
+
+
+def _as_text(report: _Report, world: World) -> str:
+    result = report.evaluation
+    correct, count = _correct_by_digit(result), _count_by_digit(result)
+    return "\n".join(
+        [
+            f"model  {report.trained.description}",
+            f"data   {report.dataset.description}",
+            f"world  {world.description()}",
+            f"{report.split:6} loss {result.loss:.4f}, accuracy {result.accuracy:.2%}: "
+            f"{sum(correct):,} of {result.count:,} digits right",
+            "       " + "  ".join(f"{d}: {correct[d]}/{n}" for d, n in enumerate(count)),
+        ]
+    )
 
 
 def _evaluate(config: EvaluateConfig, world: World, warn: Callable[[str], None]) -> _Report:

@@ -17,7 +17,7 @@ from mnist_dist.atomic import write_atomically
 from mnist_dist.commands.loading import load_trained
 from mnist_dist.data import find_data, load
 from mnist_dist.dimensions import IMAGE_PIXELS
-from mnist_dist.errors import JobError, UserError
+from mnist_dist.errors import JobError, UserError, print_result
 from mnist_dist.flags import argument, flag, parse_flags
 from mnist_dist.model import pixels
 
@@ -116,12 +116,12 @@ def run(flags: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     config = parse_flags(ExportConfig, flags, "mnist-dist export")
     exported = export(config.model, config.format, config.output)
-    print(f"wrote  {exported.file} ({exported.file.stat().st_size:,} bytes)")
-    print(
+    print_result(f"wrote  {exported.file} ({exported.file.stat().st_size:,} bytes)")
+    print_result(
         f"check  logits differ from the model's by at most {exported.difference:.1e} * "
         "(1 + |logit|), over the bundled test digits"
     )
-    print("input  images: (N, 784) float32, bytes / 256; output logits: (N, 10) float32")
+    print_result("input  images: (N, 784) float32, bytes / 256; output logits: (N, 10) float32")
     return 0
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from mnist_dist.commands.loading import load_model
 from mnist_dist.commands.preprocessing import find_images, read_digit
 from mnist_dist.data.errors import one_line
-from mnist_dist.errors import UserError
+from mnist_dist.errors import UserError, print_result
 from mnist_dist.flags import argument, flag, parse_flags
 from mnist_dist.model import pixels
 
@@ -87,7 +87,7 @@ def run(flags: Sequence[str]) -> int:
             except UserError as error:
                 code = _print_error(error)
     if config.json:
-        print(json.dumps([asdict(prediction) for prediction in predictions]))
+        print_result(json.dumps([asdict(prediction) for prediction in predictions]))
     else:
         _print_table(predictions)
     return code
@@ -105,4 +105,4 @@ def _print_table(predictions: Sequence[Prediction]) -> None:
         probabilities = enumerate(prediction.probabilities)
         columns = "  ".join(f"{digit}: {value:.1%}" for digit, value in probabilities)
         notes = "".join(f"  ({note})" for note in prediction.notes)
-        print(f"{name:{width}}  {prediction.digit}   {columns}{notes}")
+        print_result(f"{name:{width}}  {prediction.digit}   {columns}{notes}")

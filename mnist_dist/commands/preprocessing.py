@@ -9,6 +9,7 @@ Files are not trusted: only PNG and JPEG are decoded, by Pillow, and the number 
 so that half a gigabyte of memory is enough.
 """
 
+import math
 import warnings
 from pathlib import Path
 
@@ -28,7 +29,7 @@ _MAX_PIXELS = 50_000_000
 _BOX_SIDE = 20
 # Of the centre of mass, in pixels: 0.50 in MNIST's test split, 0.52 in its training split.
 _OFF_CENTRE = 0.53
-# Larger images are reduced first: more pixels do not improve a box of 20.
+# Images of more than this squared are reduced first: more pixels do not improve a box of 20.
 _MAX_SIDE = 800
 
 
@@ -110,7 +111,7 @@ def _too_large(name: str) -> str:
 
 def _flatten(image: Image.Image) -> Image.Image:
     """Convert any mode to 8-bit grey levels and reduce large images."""
-    factor = -(-max(image.size) // _MAX_SIDE)
+    factor = math.ceil(math.sqrt(image.width * image.height) / _MAX_SIDE)
     if image.mode.startswith("I"):  # 16-bit grey, which convert("L") would clip
         levels = np.asarray(image).astype(np.int64).clip(0)
         levels >>= max(0, int(levels.max()).bit_length() - 8)  # cameras fill 8, 12 or 16 bits

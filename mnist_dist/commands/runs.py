@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.errors import UserError
+from mnist_dist.errors import UserError, print_result
 from mnist_dist.files import read_regular
 from mnist_dist.flags import argument, flag, parse_flags
 from mnist_dist.lock import is_held
@@ -67,11 +67,11 @@ def run(flags: Sequence[str]) -> int:
     config = parse_flags(RunsConfig, flags, "mnist-dist runs")
     runs = list_runs(config.directory)
     if config.json:
-        print(json.dumps([asdict(summary) for summary in runs]))
+        print_result(json.dumps([asdict(summary) for summary in runs]))
     elif runs:
         _print_table(runs)
     else:
-        print(f"no runs in {config.directory}")
+        print_result(f"no runs in {config.directory}")
     return 0
 
 
@@ -185,4 +185,4 @@ def _print_table(runs: Sequence[RunSummary]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join(padded).rstrip())
+        print_result("  ".join(padded).rstrip())

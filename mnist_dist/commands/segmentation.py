@@ -4,6 +4,7 @@ Paper is a grey closing of the picture: over a square wider than a stroke, the m
 minimum. It follows light that falls off and the edges of the paper. What is darker is ink.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ Mask = NDArray[np.bool_]
 Box = tuple[int, int, int, int]
 """Top, left, bottom and right."""
 
-# Sides of squares, of the picture's longer side: wider than any stroke, and wider than some.
+# Sides of squares, of the picture's `_side`: wider than any stroke, and wider than some.
 _PAPER_WINDOW, _STROKE_WINDOWS = 1 / 3, (1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6)
 # What strokes differ from paper, as a mean of squares, of the square of the picture's range.
 _ENOUGH_INK = 0.004
@@ -80,7 +81,7 @@ class _Shape:
 def find_digit(grey: Grey) -> Digit | None:
     """Return the largest digit in a picture, None if nothing stands out."""
     levels = (grey if _is_ink_dark(grey) else 255 - grey).astype(np.float32)
-    soft = _blur(levels) if max(levels.shape) >= _SMOOTHED_SIDE else levels
+    soft = _blur(levels) if _side(levels) >= _SMOOTHED_SIDE else levels
     paper = _closing(soft, _PAPER_WINDOW)
     brightness = np.maximum(paper, max(1.0, _DARKEST * paper.max()))
     contrast, smooth = (((paper - dark) / brightness).clip(0) for dark in (levels, soft))
@@ -107,7 +108,7 @@ def _is_ink_dark(grey: Grey) -> bool:
 
     So a closing by a small square removes dark ink, and an opening removes light ink.
     """
-    factor = -(-max(grey.shape) // 200)
+    factor = math.ceil(_side(grey) / 200)
     levels = np.asarray(Image.fromarray(grey).reduce(factor), np.float32)
     dark = light = 0.0
     for window in _STROKE_WINDOWS:
@@ -122,7 +123,7 @@ def _is_ink_dark(grey: Grey) -> bool:
 
 def _handwriting(mask: Mask, clutter: Mask, contrast: Ink) -> list[_Shape]:
     """Return the shapes of a mask without ruled lines and the frames of form fields."""
-    thickest = max(2, round(_LINE_THICKNESS * max(mask.shape)))
+    thickest = max(2, round(_LINE_THICKNESS * _side(mask)))
     known = mask | clutter
     mask = mask & ~(_lines(mask, known, thickest) | _lines(mask.T, known.T, thickest).T)
     shapes = _shapes(mask, contrast)
@@ -190,9 +191,14 @@ def _contact(shape: _Shape, size: tuple[int, ...]) -> float:
     return float(max(across, down))
 
 
+def _side(picture: NDArray[Any]) -> float:
+    """Return the side of a square of the same area."""
+    return math.sqrt(picture.size)
+
+
 def _closing(levels: Ink, window: float) -> Ink:
-    """Return the grey closing by a square with a side of `window` of the longer side."""
-    half = max(1, round(max(levels.shape) * window / 2))
+    """Return the grey closing by a square with a side of `window` of `_side`."""
+    half = max(1, round(_side(levels) * window / 2))
     # Reflected at the edge's value, so that light that falls off goes on to fall.
     closed = np.pad(np.rint(levels).astype(np.int16), 2 * half, "reflect", reflect_type="odd")
     for extreme in (np.maximum, np.minimum):

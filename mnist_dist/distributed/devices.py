@@ -25,7 +25,9 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
 def check_device(device: str) -> None:
     """Raise UserError if the value of --device is none."""
     if not _DEVICE.fullmatch(device):
-        raise UserError(f"--device {device}: give auto, cpu, cuda, or one GPU as cuda:0")
+        raise UserError(
+            f"--device {device or repr(device)}: give auto, cpu, cuda, or one GPU as cuda:0"
+        )
 
 
 def pick_device(

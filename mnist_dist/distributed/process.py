@@ -21,7 +21,13 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import errors as elastic_errors
 
 from mnist_dist.distributed.failures import PeerLostError, wait_until_printed
-from mnist_dist.errors import NodeError, RendezvousError, ReportedError, print_line
+from mnist_dist.errors import (
+    NodeError,
+    RendezvousError,
+    ReportedError,
+    escape_unprintable,
+    print_line,
+)
 from mnist_dist.torch_internals import default_store
 
 # How long a rank with an error of its own waits for rank 0 to print it.
@@ -58,6 +64,7 @@ def _run_rank(work: Callable[[Launch], None]) -> int:
 
 def run_process(main: Callable[[], int]) -> NoReturn:
     """Run `main` as a process of its own: a bug prints its traceback, and the process exits."""
+    escape_unprintable()
     try:
         code = main()
     except Exception:

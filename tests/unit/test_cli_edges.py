@@ -111,3 +111,22 @@ def test_a_file_in_the_run_directorys_place_is_named_and_kept(tmp_path: Path) ->
     (line,) = ended.err.splitlines()
     assert f"--run-dir {file}: is a file; name a directory" in line
     assert file.read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_result_that_cannot_be_written_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    script = f"{sys.executable} -m mnist_dist runs {tmp_path} > /dev/full"
+    ended = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("mnist-dist: error: the result cannot be written to standard output")
+
+
+def test_names_that_the_output_cannot_encode_are_printed_as_escapes(tmp_path: Path) -> None:
+    directory = tmp_path / "дом\udce9"
+    directory.mkdir()
+    words = [sys.executable, "-m", "mnist_dist", "runs", str(directory)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "\\u0434\\u043e\\u043c" in ended.stdout
