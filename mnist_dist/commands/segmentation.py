@@ -22,7 +22,7 @@ Box = tuple[int, int, int, int]
 # Sides of squares, of the picture's `_side`: wider than any stroke, and wider than some.
 _PAPER_WINDOW, _STROKE_WINDOWS = 1 / 3, (1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6)
 # What strokes differ from paper, as a mean of squares, of the square of the picture's range.
-_ENOUGH_INK = 0.004
+_ENOUGH_INK = 0.001
 # Paper in the dark counts as this bright, of the brightest: dark noise is no ink.
 _DARKEST = 0.3
 # Minimum contrast of ink to paper, and of a pixel, of the digit's: less is paper and shadows.

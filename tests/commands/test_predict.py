@@ -274,7 +274,7 @@ def test_a_digit_off_the_middle_of_a_canvas_as_large_as_mnists_is_centred(
         rows, columns = (np.flatnonzero(original.any(axis)) for axis in (1, 0))
         tight = original[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         small = Image.fromarray(tight).reduce(2)
-        for drawn, apart in ((Image.fromarray(tight), 12), (small, 45)):
+        for drawn, apart in ((Image.fromarray(tight), 24), (small, 45)):
             canvas = Image.new("L", (28, 28))
             canvas.paste(drawn, (1, 27 - drawn.height))
             canvas = canvas if ink == "white" else Image.eval(canvas, lambda level: 255 - level)
