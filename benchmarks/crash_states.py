@@ -48,7 +48,7 @@ import train_ddp
 from benchmarks.disk_model import Disk, Operation, read_trace
 from mnist_dist.run.directory import read_status
 
-# Imported before the fork: what a job imports at the latest takes longer than the rest of it.
+# Imported before the fork: a job's imports take longer than the rest of it.
 _LATE_IMPORTS = ["mnist_dist.run.tensorboard", "torch.fx.experimental.symbolic_shapes"]
 _LATE_IMPORTS += ["tensorboard.backend.event_processing.event_accumulator"]
 _LIBRARY = "MNIST_DIST_FILE_OPERATIONS"

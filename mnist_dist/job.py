@@ -55,7 +55,7 @@ class Job:
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """What every number of the run depends on: a resume must have the same."""
+        """The settings that determine every result; a resume must have the same."""
         return self.config.hyperparameters() | {"data": self.dataset.fingerprint}
 
     def is_save_due(self, state: TrainState) -> bool:
@@ -113,7 +113,7 @@ class Job:
         return self.run.checkpoints.load_latest(state.find_fault, is_main)
 
     def _check_best(self, state: TrainState) -> None:
-        """Forget the best epoch so far if its weights are gone."""
+        """Forget the best epoch so far if its weights are missing."""
         epoch, checkpoints = state.best_epoch, self.run.checkpoints
         if epoch and not self.world.on_main(lambda: checkpoints.has_best(epoch)):
             self.console.warn(
@@ -216,7 +216,7 @@ class Job:
         return loss_sum / self.sharding.samples
 
     def _check(self, state: TrainState, result: SyncResult) -> None:
-        """Raise JobError on all ranks if one has found that the run cannot go on."""
+        """Raise JobError on all ranks if one has found that the run cannot continue."""
         if result.bad_rank is not None:
             raise JobError(
                 f"the loss at step {result.bad_step} (epoch {state.epoch + 1}) on rank "
@@ -250,7 +250,7 @@ class Job:
                 self.run.save_checkpoint(saved, metrics, best, newest)
 
     def build_plots(self, state: TrainState, validation: Evaluation) -> EpochPlots:
-        """Collect what TensorBoard shows of an epoch besides its scalars."""
+        """Collect an epoch's images and histograms for TensorBoard."""
         images = self.dataset.validation.images
         errors = [
             (images[e.index].cpu(), f"{e.label} predicted as {e.predicted}\n{e.probability:.0%}")
@@ -259,7 +259,7 @@ class Job:
         return EpochPlots("val", validation.confusion, errors, state.model)
 
     def finish_run(self, state: TrainState, result: Evaluation) -> None:
-        """Mark the run as completed, and print its results and the commands to go on with."""
+        """Mark the run as completed, and print its results and the next commands."""
         run, config, console = self.run, self.config, self.console
         results = summary_fields(run.writer.records, state.best_epoch, result)
         self.world.on_main(lambda: run.finish(dict(results)))

@@ -103,7 +103,7 @@ class FileLock:
             found = self.path.lstat()
         except (FileNotFoundError, NotADirectoryError):
             found = None
-        except OSError:  # such as a server that does not respond: no proof of anything
+        except OSError:  # such as a server that does not respond: proves nothing
             return
         if found is not None and os.path.samestat(found, os.fstat(self._descriptor)):
             holder = None if self.missing is None else _read_holder(self.path)
@@ -174,7 +174,7 @@ class FileLock:
         return False
 
     def _whereabouts(self) -> str:
-        """Describe what became of a file that is no longer at its path."""
+        """Describe why a file is no longer at its path."""
         now = Path(f"/proc/self/fd/{self._descriptor}")
         with contextlib.suppress(OSError):
             path = now.readlink()
@@ -202,7 +202,7 @@ def is_held(path: Path) -> bool | None:
 
 
 def _read_holder(path: Path) -> Holder | None:
-    """Return the holder that the file names, which anybody may have written; None if none."""
+    """Return the holder named in the file (untrusted content); None if there is none."""
     with contextlib.suppress(OSError, ValueError, RecursionError, TypeError):
         found = Holder(**json.loads(read_regular(path, _LARGEST_RECORD)))
         texts, numbers = (found.host, found.since), (found.pid, found.start_time)

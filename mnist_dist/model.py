@@ -78,4 +78,4 @@ def pixels(images: Tensor, out: Tensor | None = None) -> Tensor:
     """
     if out is None:
         return images * (1 / 256)  # one kernel, which gives float32
-    return out.copy_(images).mul_(1 / 256)  # on a CPU, the faster way
+    return out.copy_(images).mul_(1 / 256)  # faster on a CPU

@@ -47,7 +47,7 @@ class LeanSGD(torch.optim.SGD):
     load_state_dict = without_compiler(torch.optim.SGD.load_state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients. `set_to_none` is there for torch's signature."""
+        """Drop all gradients. `set_to_none` only matches torch's signature."""
         for parameter in self.param_groups[0]["params"]:
             parameter.grad = None
 

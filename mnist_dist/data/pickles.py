@@ -1,4 +1,4 @@
-"""Read the classic ``mnist.pkl.gz`` without trusting it.
+"""Read the classic ``mnist.pkl.gz`` as untrusted input.
 
 A pickle is a program, and an ordinary unpickler runs it: ``os.system`` is one instruction away.
 This one is restricted: it has only the instructions that arrays in tuples need; globals are looked

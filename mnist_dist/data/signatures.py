@@ -1,4 +1,4 @@
-"""Name what a file is by its first bytes, if it is nothing that can be read, and the remedy."""
+"""Identify an unreadable file by its first bytes, and give the remedy."""
 
 from mnist_dist.data.errors import MalformedError
 
@@ -42,7 +42,7 @@ _MARKUP = (
 
 
 def identify(head: bytes) -> MalformedError | None:
-    """Name what starts with `head`, up to `HEAD` bytes; None if it is nothing known."""
+    """Identify a file that starts with `head`, up to `HEAD` bytes; None if unknown."""
     for offset, magic, kind, remedy in _SIGNATURES:
         if head.startswith(magic, offset):
             return MalformedError(kind, remedy)
@@ -56,7 +56,7 @@ def identify(head: bytes) -> MalformedError | None:
 
 
 def unknown(head: bytes) -> MalformedError:
-    """Refuse what starts with `head`, by what it is if that is known."""
+    """Refuse a file that starts with `head`, and identify it if possible."""
     if error := identify(head):
         return error
     if head and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):

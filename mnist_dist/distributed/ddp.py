@@ -1,4 +1,4 @@
-"""What DistributedDataParallel sends its gradients over, and what it wraps."""
+"""Choose how DistributedDataParallel all-reduces gradients, and prepare what it wraps."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -43,13 +43,13 @@ def register_comm_hook(
     timeout: float,
     compression: Compression = "none",
 ) -> tuple[str, Callable[[], float | None]]:
-    """Choose what the gradients of `model` travel over; every rank must call this.
+    """Choose how the gradients of `model` are all-reduced; every rank must call this.
 
     Args:
         model: just wrapped, before its first forward pass.
         world: the ranks, at least two.
         share_memory: let the CPU ranks of a node average in memory they share, where possible.
-        timeout: seconds until a rank that does not respond is given up.
+        timeout: seconds to wait for a rank that does not respond.
         compression: of the gradients; anything but "none" goes over the backend.
 
     Returns:
@@ -75,7 +75,7 @@ def settle_buckets(model: DistributedDataParallel) -> None:
 
     It does so after its first backward pass, by the order in which gradients were ready. Where they
     lie in a bucket decides in which order an all-reduce adds them up: without this, the first step
-    after a resume would differ in its last bits from the same step of a run that went on.
+    after a resume would differ in its last bits from the same step of an uninterrupted run.
 
     Args:
         model: after `register_comm_hook`. Unchanged but for that order: in evaluation mode it draws
@@ -121,7 +121,7 @@ def compile_or_explain(model: nn.Module, world: World) -> tuple[nn.Module, str |
         compiled: nn.Module = torch.compile(model, dynamic=True)  # type: ignore[assignment]
         compiled(torch.zeros(8, IMAGE_PIXELS, device=world.device)).sum().backward()
         failure = None
-    except Exception as error:  # whatever a missing or failing compiler makes torch raise
+    except Exception as error:  # torch raises many types for a missing or failing compiler
         failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     model.zero_grad()
     failures = [text for text in world.gather(failure) if text is not None]
@@ -129,7 +129,7 @@ def compile_or_explain(model: nn.Module, world: World) -> tuple[nn.Module, str |
 
 
 class Bfloat16(nn.Module):
-    """A model whose matrix products are of bfloat16 in training; weights and logits are float32."""
+    """A model with bfloat16 matrix products in training; weights and logits stay float32."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What each process computes with: its device, its backend, its precision and its threads."""
+"""Choose each process's device, backend, precision and number of threads."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
 
 
 def check_device(device: str) -> None:
-    """Raise UserError if the value of --device is none."""
+    """Raise UserError if `device` is not a valid value of --device."""
     if not _DEVICE.fullmatch(device):
         raise UserError(
             f"--device {device or repr(device)}: give auto, cpu, cuda, or one GPU as cuda:0"

@@ -1,8 +1,8 @@
 """Check how this node reaches the rendezvous endpoint: its name, its port, and the interface.
 
 `python -m mnist_dist.distributed.network HOST PORT NODE_RANK` checks and waits, then prints this
-node's address and interface towards HOST, for launch scripts. They need it to start fast, which is
-why it is a module apart from `rendezvous`: it must not import torch.
+node's address and interface towards HOST, for launch scripts. It must start fast
+and so must not import torch, which is why it is separate from `rendezvous`.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from mnist_dist.errors import RendezvousError, ReportedError, print_line
 
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR of linux/sockios.h
 _NOTICE_S = 10.0
-# A name that is still unknown by then is a typing error; a name server may be busy for a moment.
+# A name that is still unknown by then is a typo; a name server may be busy for a moment.
 _RESOLVE_S = 15.0
 # How long a killed predecessor of this job may still hold the port.
 _PREDECESSOR_S = 5.0
@@ -184,7 +184,7 @@ def gloo_interface(spans_nodes: bool, master_addr: str) -> Interface:
 
 
 def own_name_problem() -> str | None:
-    """Return why other programs cannot reach this host under its own name, None if they can.
+    """Return why other programs cannot reach this host by its own name, None if they can.
 
     Torchrun's agent connects to that name, and waits five minutes for it.
     """
@@ -204,7 +204,7 @@ def own_name_problem() -> str | None:
 def torchrun_handler() -> Callable[[object], object]:
     """Warn of this host's own name in torchrun's process, before it waits for that name.
 
-    Torchrun loads the entry points "torchrun.handlers" when it starts, and no other code of ours.
+    Torchrun loads the entry points "torchrun.handlers" when it starts, and no other code here.
     They are for rendezvous backends; this one offers none.
     """
 

@@ -88,7 +88,7 @@ def exit_with_error(launch: Launch, error: ReportedError) -> int:
         print_line(f"{error.kind}: {error}")
     if dist.is_initialized() and not is_of_node:
         wait_until_printed(default_store(), launch.rank)
-        # Left to the interpreter's shutdown, gloo's threads abort the process now and then.
+        # At the interpreter's shutdown, gloo's threads occasionally abort the process.
         dist.destroy_process_group()
     elif not prints and launch.launcher != "none":
         launcher, deadline = os.getppid(), time.monotonic() + _PATIENCE_S
@@ -100,8 +100,8 @@ def exit_with_error(launch: Launch, error: ReportedError) -> int:
 def hard_exit(code: int) -> NoReturn:
     """Exit at once, without the interpreter's shutdown.
 
-    Shutdown would take down NCCL's and gloo's threads, which may wait for dead peers for ever, and
-    even after a good run abort the process now and then (seen with torch 2.13 on a busy machine).
+    Shutdown would stop NCCL's and gloo's threads, which may wait for dead peers forever, and which
+    occasionally abort the process even after a good run (seen with torch 2.13 on a busy machine).
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, full, or None

@@ -2,8 +2,9 @@
 
 Torchrun keeps one store alive over its restarts and hands it to every generation of workers. What
 a dead generation wrote there, such as gloo's addresses, is found by the next one, which then tries
-to connect to the dead: most restarts fail so (measured with torch 2.13). Here rank 0 opens a new
-part of the store for each generation, its generation store, and confirms the processes in it.
+to connect to dead processes. Most restarts fail this way (measured with torch 2.13). Here rank 0
+opens a new part of the store for each generation, its generation store, and confirms the processes
+in it.
 """
 
 import socket
@@ -131,8 +132,8 @@ def _join(
 ) -> Store:
     """Leave a token in the current generation as another rank, until rank 0 confirms it.
 
-    For a moment the current generation may be a dead one: what was confirmed there is another
-    process's token.
+    The current generation may briefly be a dead one, in which another process's token was
+    confirmed.
     """
     rank, token, joined = launch.rank, uuid.uuid4().hex, None
     notice = time.monotonic() + _NOTICE_S
@@ -177,7 +178,7 @@ def connect_ranks(
 
     Args:
         connect: called on every rank.
-        launch: this process's place in the job.
+        launch: this process's rank and world size.
         store: what the ranks share.
         timeout: seconds until this gives up.
 

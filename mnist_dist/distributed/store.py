@@ -1,6 +1,6 @@
 """Exchange small messages between ranks through their torch.distributed store.
 
-The store works where the backend does not: before there is a process group, and after one failed.
+The store works when the backend does not: before there is a process group, and after it failed.
 """
 
 import json

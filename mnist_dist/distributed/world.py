@@ -47,7 +47,7 @@ _CONNECT_S = 5.0
 
 @dataclass(frozen=True)
 class _Outcome(Generic[T]):
-    """What an action returned on one rank, or the error that every rank is to raise."""
+    """The value of an action on one rank, or the error that every rank must raise."""
 
     value: T | None = None
     error: ReportedError | None = None
@@ -71,9 +71,9 @@ class World:
     launch: Launch
     device: torch.device
     backend: Literal["gloo", "nccl", "none"]
-    """What GPUs exchange; everything in the memory of CPUs goes over gloo, in any case."""
+    """Backend for GPU tensors; CPU tensors always go over gloo."""
     failures: FailureStore | None = None
-    """Where peers leave the cause of their failure; None without peers."""
+    """Store of the peers' failure causes; None without peers."""
 
     @property
     def rank(self) -> int:
@@ -233,8 +233,8 @@ def init_distributed(
         timeout: seconds for the rendezvous, and for each collective until `World.set_timeout`.
 
     Raises:
-        UserError: the device is not there, or the backend does not fit it.
-        RendezvousError: the ranks did not meet.
+        UserError: the device is not available, or the backend does not support it.
+        RendezvousError: the ranks did not all arrive.
     """
     deadline = time.monotonic() + timeout
     chosen, name, fault = _pick(launch, device, backend)
@@ -355,7 +355,7 @@ def init_process_group(
 
 
 def _connect_gpus(world: World) -> None:
-    """Let NCCL connect the GPUs, so that what fails in that fails here.
+    """Let NCCL connect the GPUs, so that a failure to connect occurs here.
 
     Raises:
         UserError: two ranks have the same GPU.

@@ -1,8 +1,8 @@
 """The MLP's forward and backward pass without autograd's bookkeeping.
 
 Recording and replaying a graph costs autograd about as much as the arithmetic of so small a model.
-Here are the kernels that it would call, in its order and on the same operands, so the gradients are
-bitwise those of autograd on one thread, on any number of threads.
+This calls the same kernels, in the same order and on the same operands, so on any number of threads
+the gradients are bitwise those of autograd on one thread.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The number of threads that takes steps fastest at the moment."""
+"""Find the number of threads that currently takes steps fastest."""
 
 import itertools
 import time
@@ -11,7 +11,7 @@ _FIRST_PAUSE = 20  # steps until the first trial, and until the next after a cha
 
 
 class ThreadTuner:
-    """Tries now and then whether more or fewer of torch's threads take steps faster.
+    """Occasionally tries whether more or fewer of torch's threads take steps faster.
 
     More threads help only while exchanging data between cores costs less than it saves. On a
     virtual machine that changes while a job runs: the host moves its cores, and where they share

@@ -1,4 +1,4 @@
-"""A state on disk: atomic, verified, pruned, found again. Knows nothing of training.
+"""Write, verify, prune and find checkpoints. Independent of training.
 
 A checkpoint is `NAME.pt`, written by `torch.save`, and its sidecar `NAME.json` with the SHA-256 of
 the first. Both appear by renaming a finished, flushed file, sidecar first: whenever the writer
@@ -317,7 +317,7 @@ def load_checkpoint(path: Path, needs_sidecar: bool = True) -> Any:
         with warnings.catch_warnings():  # about files that other programs wrote
             warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a file that is no checkpoint makes torch raise
+    except Exception as error:  # torch raises many types for a file that is no checkpoint
         raise UserError(
             f"{path}: not a checkpoint (it would hold tensors and plain values only; nothing in "
             "it was run)"

@@ -1,4 +1,4 @@
-"""What the user sees: lines, progress, speed, and a summary at the end. Rank 0 only."""
+"""Print lines, progress, speed, and a summary at the end, on rank 0 only."""
 
 import contextlib
 import math
@@ -232,8 +232,8 @@ class EpochTimer:
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """Return the epoch's metrics by tag, once it is trained.
 
-        To be called before any rank takes another step, which may overwrite the gradients. There
-        are no metrics if the epoch had no step here: a stop may come after an epoch's last one.
+        Call this before any rank takes another step, which may overwrite the gradients. There are
+        no metrics if this start took no step of the epoch: a stop may follow its last one.
         """
         seconds = time.perf_counter() - self._started
         steps = self._sharding.steps_per_epoch - self._first_batch

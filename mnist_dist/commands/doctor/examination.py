@@ -40,7 +40,7 @@ _LINGER_S = 2.0
 
 
 class _StopError(Exception):
-    """No other check is possible on any rank; the text is what to fix first."""
+    """No further check is possible on any rank; the text gives what to fix first."""
 
 
 class Examination:

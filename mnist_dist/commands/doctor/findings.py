@@ -24,7 +24,7 @@ class Finding:
     remedy: str = ""
     """What to set or do after a warning or a problem."""
     figures: Any = None
-    """What was measured, in plain types: seconds and bytes."""
+    """Measurements in plain types, in seconds and bytes."""
 
     @property
     def line(self) -> str:

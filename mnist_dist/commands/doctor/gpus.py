@@ -1,7 +1,7 @@
 """Read what torch and the driver report about the GPUs, and test one.
 
-A broken driver makes most of these calls raise. The doctor is there to name it, so what fails
-becomes a text among the facts.
+A broken driver makes most of these calls raise. The doctor must report it, so failures become texts
+among the facts.
 """
 
 import contextlib
