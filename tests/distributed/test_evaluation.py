@@ -1,4 +1,4 @@
-"""Contract C2: every sample counts once, whatever does not divide by what."""
+"""Every sample counts once, whatever the split, batch and world sizes."""
 
 from typing import Any
 

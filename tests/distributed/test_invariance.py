@@ -1,4 +1,4 @@
-"""Contract C1: the global batch defines the run, whatever the number of processes."""
+"""The global batch defines the run, whatever the number of processes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Contracts C3's basics and C7: what a run leaves behind, and how it goes on."""
+"""The files of a run, and how an interrupted run continues."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Contracts C3 and C4: power losses, kills and full disks change nothing in the end."""
+"""After power losses, kills and full disks, a run ends like an undisturbed one."""
 
 import shutil
 import sys

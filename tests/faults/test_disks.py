@@ -1,4 +1,4 @@
-"""Contract C4's bad days: a disk that is full, cannot be written, or loses the run's directory."""
+"""Disks that are full, cannot be written, or lose the run's directory."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Contract C4 under fire; `python -m benchmarks.faults` does the same 300 times."""
+"""Kills during saves lose no checkpoint; `python -m benchmarks.faults` makes 300 of them."""
 
 from benchmarks.faults import kill_in_save
 

@@ -1,4 +1,4 @@
-"""Contract C6: weights that are not finite never become a checkpoint."""
+"""Weights that are not finite never become a checkpoint."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Contract C6: whatever goes wrong on one rank ends all of them, with its name and cause first."""
+"""A failure on one rank ends all of them, and its rank and cause are printed first."""
 
 import os
 import re

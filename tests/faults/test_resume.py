@@ -1,4 +1,4 @@
-"""Contract C3: a resume at any step, at any world size."""
+"""Exact resume at any step, at any world size."""
 
 import json
 import os

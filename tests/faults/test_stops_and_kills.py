@@ -1,4 +1,4 @@
-"""Contract C5: a stop is agreed and saved, a kill loses nothing, and no process is left behind."""
+"""A stop is agreed and saved, a kill loses nothing, and no process is left behind."""
 
 import os
 import random

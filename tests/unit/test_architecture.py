@@ -1,4 +1,4 @@
-"""The shape of the house: imports run one way, rooms stay small."""
+"""Imports point down the layers only, and functions stay short."""
 
 import ast
 from pathlib import Path
@@ -6,27 +6,27 @@ from pathlib import Path
 import pytest
 from processes import ROOT
 
-# From the ground up: a room may import from the layers below its own, and inside a layer from the
-# rooms before it.
+# From the ground up: a module may import from the layers below its own, and within its layer from
+# the modules before it. A package counts as one module.
 LAYERS = [
     ["errors", "dimensions", "files", "atomic", "lock", "flags", "config", "torch_internals"],
     ["model", "optimizer", "distributed", "data"],
     ["sampling", "evaluation", "cuda_graphs", "fast", "run"],
     ["job", "steps", "train_ddp", "commands", "__main__"],
 ]
-LEVEL = {name: level for level, name in enumerate(room for layer in LAYERS for room in layer)}
+LEVEL = {name: level for level, name in enumerate(name for layer in LAYERS for name in layer)}
 LONGEST_FUNCTION = 55
 MODULES = sorted([*(ROOT / "mnist_dist").rglob("*.py"), ROOT / "train_ddp.py"])
 
 
-def room(file: Path) -> str:
-    """`mnist_dist/data/idx.py` and `mnist_dist.data.idx` are both in the room `data`."""
+def top_module(file: Path) -> str:
+    """`mnist_dist/data/idx.py` and `mnist_dist.data.idx` are both in the module `data`."""
     parts = file.relative_to(ROOT).with_suffix("").parts
     return parts[1] if len(parts) > 1 else parts[0]
 
 
 def imported(file: Path) -> set[str]:
-    """The project's modules that `file` imports anywhere, as rooms."""
+    """The project's modules that `file` imports anywhere, as in LAYERS."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -48,7 +48,7 @@ def imported(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_imports_run_down_the_layers_only(file: Path) -> None:
-    own = room(file)
+    own = top_module(file)
     if own == "__init__":
         if file.parent == ROOT / "mnist_dist":  # the door: lazily, so that it stays cheap
             assert imported(file) == {"errors", "commands"}
@@ -59,13 +59,13 @@ def test_imports_run_down_the_layers_only(file: Path) -> None:
 
 
 def test_only_the_job_sees_the_configuration() -> None:
-    users = {room(file) for file in MODULES if "config" in imported(file)}
+    users = {top_module(file) for file in MODULES if "config" in imported(file)}
     assert users == {"train_ddp", "job"}
 
 
 def test_only_one_module_reads_the_launchers_environment() -> None:
     markers = ("SLURM_", "TORCHELASTIC_", "LOCAL_RANK", "MASTER_ADDR")
-    readers = {room(file) for file in MODULES if any(m in file.read_text() for m in markers)}
+    readers = {top_module(file) for file in MODULES if any(m in file.read_text() for m in markers)}
     assert readers == {"distributed"}
 
 

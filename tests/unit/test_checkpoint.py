@@ -1,4 +1,4 @@
-"""Contract C4: a checkpoint is there whole or not at all, and a damaged one is never used."""
+"""A checkpoint is complete or absent, and a damaged one is never used."""
 
 import errno
 import hashlib

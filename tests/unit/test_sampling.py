@@ -1,4 +1,4 @@
-"""Contract C1's arithmetic: who computes which part of which global batch."""
+"""Sharding: which rank computes which part of which global batch."""
 
 from itertools import product
 
