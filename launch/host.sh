@@ -3,7 +3,7 @@
 #   launch/host.sh HEAD:PORT HOSTS NODE_RANK [FLAGS OF train_ddp.py]
 #   launch/host.sh n1:29400 2 0 --epochs 5     on n1, which must be the host of NODE_RANK 0
 #   launch/host.sh n1:29400 2 1 --epochs 5     on the other
-# HOSTS may be MIN:MAX, e.g. 1:2: the run goes on when a host is lost, and takes one in that comes.
+# HOSTS may be MIN:MAX, e.g. 1:2: the run continues when a host is lost, and takes in one that joins.
 #   PROCESSES     on this host; default: its GPUs, else 2
 #   RUN_ID        the same on all hosts; default: HEAD-PORT
 #   INTERFACE     to talk to the other hosts, e.g. eth0 or ib0; default: the one that leads to HEAD

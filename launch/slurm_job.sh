@@ -14,13 +14,13 @@ if [ -n "$ACTIVATE" ]; then
   # shellcheck source=/dev/null
   . "$ACTIVATE" || { say "ACTIVATE=$ACTIVATE: set it to the file that activates your environment"; exit 2; }
 fi
-set -u # not before: some activation scripts do not bear it
+set -u # not before: some activation scripts fail with it
 
 # One process per GPU where there are GPUs, else per task of the header.
 tasks_per_node=${SLURM_GPUS_ON_NODE:-0}
 [ "$tasks_per_node" -gt 0 ] || tasks_per_node=${SLURM_NTASKS_PER_NODE:-1}
 cpus_per_task=${SLURM_CPUS_PER_TASK:-1}
-# Since Slurm 22.05 srun does not take it over by itself.
+# Since Slurm 22.05 srun does not inherit --cpus-per-task.
 export SRUN_CPUS_PER_TASK=$cpus_per_task
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus_per_task}
 if [ -n "$INTERFACE" ]; then
@@ -51,13 +51,13 @@ status_of() { # DIRECTORY FIELD
 }
 
 # The signal goes to the processes. To srun itself it would kill them at once; the batch shell
-# alone gets the warning of --signal=B:USR1, and Slurm sends TERM to all by itself.
+# alone gets the warning of --signal=B:USR1, and Slurm itself sends TERM to all.
 warn_step() {
   warned=true
   scancel --signal=TERM "$SLURM_JOB_ID" || true
 }
 
-# Slurm tells a preempted job's processes, and not this shell: ask it.
+# Slurm signals only the processes of a preempted job, not this shell: query it.
 preempted() { scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -q "PreemptTime=[0-9]"; }
 
 run_step() {
