@@ -91,7 +91,7 @@ def train_step(
     """
     loss = F.cross_entropy(model(images), labels, reduction="sum")
     optimizer.zero_grad()
-    loss.backward(gradient=scale)  # (scale * loss).backward(), a kernel less
+    (scale * loss).backward()
     optimizer.step()
     return loss.detach()
 

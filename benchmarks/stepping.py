@@ -18,6 +18,7 @@ from mnist_dist.model import MLP
 from mnist_dist.optimizer import TrainStep, build_optimizer
 from mnist_dist.run.state import TrainState
 from mnist_dist.sampling import Sharding, global_batches
+from mnist_dist.torch_internals import keep_compiler_out_of_ddp
 from train_ddp import train_step
 
 Kind = Literal["local", "ddp", "manual"]
@@ -79,6 +80,7 @@ class Stepper:
 
 
 def _wrap(model: nn.Module, world: World, transport: Transport) -> DistributedDataParallel:
+    keep_compiler_out_of_ddp()
     ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if transport == "none":
         ddp_model.register_comm_hook(None, _keep_local)

@@ -22,6 +22,7 @@ from mnist_dist.optimizer import TrainStep
 from mnist_dist.run.console import Progress
 from mnist_dist.run.profiling import profile_steps
 from mnist_dist.run.state import TrainState
+from mnist_dist.torch_internals import keep_compiler_out_of_ddp
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def prepare_model(job: Job, model: nn.Module) -> nn.Module:
         model, failure = compile_or_explain(model, job.world)
         if failure:
             job.console.print_field("compile", f"not compiled ({failure})")
+    else:
+        keep_compiler_out_of_ddp()
     return Bfloat16(model) if config.precision == "bf16" else model
 
 

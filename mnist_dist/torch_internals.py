@@ -4,12 +4,15 @@
 that drops one fails a test that names it.
 """
 
+import importlib
 from collections.abc import Callable
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -26,6 +29,8 @@ NAMES = (
     "torch.ops.aten.threshold_backward.default",
     "torch.utils.tensorboard.SummaryWriter._get_file_writer",  # overridden in run/tensorboard.py
     "torch.distributed.distributed_c10d._get_default_store",
+    "torch._dynamo.utils.get_optimize_ddp_mode",
+    "torch.nn.parallel.DistributedDataParallel._inside_ddp_forward",
     # Public from torch 2.14 on, where the private name is deprecated.
     "torch.distributed.set_timeout"
     if hasattr(torch.distributed, "set_timeout")
@@ -64,6 +69,33 @@ def without_compiler(method: Callable[..., Any]) -> Callable[..., Any]:
     That import takes as long as torch itself, and nothing here compiles an optimizer.
     """
     return getattr(method, "__wrapped__", method)
+
+
+class _Deferred:
+    """Stands for a module of torch; imports it at the first use of anything but `known`."""
+
+    def __init__(self, module: str, **known: Any) -> None:
+        self._module = module
+        self.__dict__.update(known)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._module), name)
+
+
+def keep_compiler_out_of_ddp() -> None:
+    """Let DistributedDataParallel work without importing torch._dynamo.
+
+    Its constructor asks the compiler how it would optimize DDP, and its forward pass hides a
+    context manager from the compiler. The import takes longer than that of torch, in every rank.
+    To be called only if nothing is compiled.
+    """
+    if "_dynamo" not in vars(torch):
+        # What the compiler answers unless its configuration was changed, for which it is imported.
+        utils = _Deferred("torch._dynamo.utils", get_optimize_ddp_mode=lambda: "ddp_optimizer")
+        torch._dynamo = _Deferred("torch._dynamo", utils=utils)  # type: ignore[assignment]
+    hidden = getattr(DistributedDataParallel._inside_ddp_forward, "__wrapped__", None)
+    if (plain := getattr(hidden, "__wrapped__", None)) is not None:
+        DistributedDataParallel._inside_ddp_forward = contextmanager(plain)  # type: ignore[method-assign]
 
 
 def without_profiler(step: T) -> T:

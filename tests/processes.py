@@ -25,8 +25,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 _FORKSERVER = multiprocessing.get_context("forkserver")
-# What a run imports at the latest: without torch._dynamo here, each process spends a second on it.
-_FORKSERVER.set_forkserver_preload(["train_ddp", "mnist_dist.run.tensorboard", "torch._dynamo"])
+_FORKSERVER.set_forkserver_preload(["train_ddp", "mnist_dist.run.tensorboard"])
 
 
 @dataclass(frozen=True)

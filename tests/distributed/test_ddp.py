@@ -1,11 +1,12 @@
 """What the owner asked for happens: DistributedDataParallel on every rank, for every gradient."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_main, run_ranks
+from processes import command, run_main, run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -63,3 +64,19 @@ def test_every_rank_builds_one_ddp_and_every_gradient_goes_through_it(
         assert (seen["wrapped"], seen["steps"], len(seen["used"])) == (1, STEPS, STEPS)
         assert seen["averaged"][1:] == seen["used"]  # the first settles the order of the buckets
         assert all(any(gradients) for gradients in seen["used"])
+
+
+IMPORTS = """
+import sys
+import torch, train_ddp
+assert train_ddp.main(sys.argv[1:]) == 0
+print("imported:", [name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+assert torch._dynamo.config.optimize_ddp  # it is there as soon as something asks for it
+"""
+
+
+def test_no_rank_imports_the_compiler_unless_something_is_compiled(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(IMPORTS)
+    ended = command(tmp_path, "torchrun", "--nproc_per_node=2", "job.py", *FLAGS, "--run-dir=run")
+    assert ended.code == 0, ended.err
+    assert ended.out.count("imported: []") == 2, ended.out

@@ -8,6 +8,7 @@ from mnist_dist.data import Split
 from mnist_dist.distributed.ddp import register_comm_hook
 from mnist_dist.distributed.world import World
 from mnist_dist.model import MLP
+from mnist_dist.torch_internals import keep_compiler_out_of_ddp
 
 
 def random_split(samples: int) -> Split:
@@ -32,6 +33,7 @@ def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
     """As train_ddp.py and `build_stepper` wrap it."""
     if world.world_size == 1:
         return model
+    keep_compiler_out_of_ddp()
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     register_comm_hook(wrapped, world, share_memory=True, timeout=60)
     return wrapped

@@ -32,6 +32,7 @@ from mnist_dist.model import build_model
 from mnist_dist.optimizer import build_optimizer
 from mnist_dist.run.state import TrainState
 from mnist_dist.sampling import Sharding, global_batches
+from mnist_dist.torch_internals import keep_compiler_out_of_ddp
 from train_ddp import train_step
 
 # Relative differences of a loss from the reference curve, which is float32's.
@@ -167,6 +168,7 @@ class TrainCheck:
         network = Bfloat16(model) if self._precision == "bf16" else model
         if world.world_size == 1:
             return network, "single process"
+        keep_compiler_out_of_ddp()
         ddp = DistributedDataParallel(network, gradient_as_bucket_view=True)
         description, _ = register_comm_hook(ddp, world, True, seconds)
         settle_buckets(ddp)
