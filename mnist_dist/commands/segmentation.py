@@ -22,7 +22,7 @@ Box = tuple[int, int, int, int]
 # Sides of squares, of the picture's `_side`: wider than any stroke, and wider than some.
 _PAPER_WINDOW, _STROKE_WINDOWS = 1 / 3, (1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6)
 # What strokes differ from paper, as a mean of squares, of the square of the picture's range.
-_ENOUGH_INK = 0.001
+_ENOUGH_INK = 0.004
 # Paper in the dark counts as this bright, of the brightest: dark noise is no ink.
 _DARKEST = 0.3
 # Minimum contrast of ink to paper, and of a pixel, of the digit's: less is paper and shadows.
@@ -110,14 +110,14 @@ def _is_ink_dark(grey: Grey) -> bool:
     """
     factor = math.ceil(_side(grey) / 200)
     levels = np.asarray(Image.fromarray(grey).reduce(factor), np.float32)
-    dark = light = 0.0
-    for window in _STROKE_WINDOWS:
-        dark, light = (
-            float(((_closing(values, window) - values) ** 2).mean())
-            for values in (levels, 255 - levels)
+    removed = [
+        tuple(
+            float(((_closing(each, window) - each) ** 2).mean()) for each in (levels, 255 - levels)
         )
-        if max(dark, light) > _ENOUGH_INK * np.ptp(levels) ** 2:
-            break
+        for window in _STROKE_WINDOWS
+    ]
+    enough = min(_ENOUGH_INK * np.ptp(levels) ** 2, max(map(max, removed)) / 2)
+    dark, light = next(ink for ink in removed if max(ink) >= enough)
     return dark >= light
 
 
