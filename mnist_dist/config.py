@@ -11,7 +11,7 @@ from typing import Any, Literal
 from mnist_dist.dimensions import IMAGE_SIDE
 from mnist_dist.errors import UserError
 from mnist_dist.files import read_regular
-from mnist_dist.flags import check_value, flag, given_flags
+from mnist_dist.flags import check_device, check_value, flag, given_flags
 
 # Where a run lives, not what it computes.
 _LARGEST_FILE = 1 << 20  # bytes
@@ -297,6 +297,7 @@ def _validate(config: TrainConfig) -> None:
         _require(config, name, 1 <= getattr(config, name) < 1e6, "give 1 to 1000000 seconds")
     for name in ("data", "run_dir", "cache_dir"):
         _require(config, name, getattr(config, name) != "", "give a path, or leave the flag out")
+    check_device(config.device)
     wrong_backend = config.backend == "nccl" and config.device == "cpu"
     _require(config, "backend", not wrong_backend, "nccl needs GPUs; use gloo with --device cpu")
 

@@ -7,6 +7,7 @@ import difflib
 import functools
 import inspect
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -218,3 +219,14 @@ def _closest(known: Sequence[str], unknown: Sequence[str]) -> str:
     typed = [word.partition("=")[0].replace("_", "-") for word in unknown if word[:2] == "--"]
     meant = [name for word in typed for name in difflib.get_close_matches(word, known, 1)]
     return f"; perhaps you meant {', '.join(meant)}" if meant else ""
+
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
+
+
+def check_device(device: str) -> None:
+    """Raise UserError if `device` is not a valid value of --device."""
+    if not _DEVICE.fullmatch(device):
+        raise UserError(
+            f"--device {device or repr(device)}: give auto, cpu, cuda, or one GPU as cuda:0"
+        )

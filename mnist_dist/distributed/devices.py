@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,22 +11,13 @@ import torch
 
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.errors import NodeError, UserError
+from mnist_dist.flags import check_device
 
 Backend = Literal["gloo", "nccl"]
 Precision = Literal["fp32", "tf32", "bf16"]
 
 # Rows of a matrix product that get a thread of their own: a choice, not a measured optimum.
 _ROWS_PER_THREAD = 32
-
-_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
-
-
-def check_device(device: str) -> None:
-    """Raise UserError if `device` is not a valid value of --device."""
-    if not _DEVICE.fullmatch(device):
-        raise UserError(
-            f"--device {device or repr(device)}: give auto, cpu, cuda, or one GPU as cuda:0"
-        )
 
 
 def pick_device(

@@ -51,7 +51,7 @@ class RunSummaryWriter(SummaryWriter):
     def add_table(self, tag: str, cells: Mapping[str, Any], step: int) -> None:
         """Add a text: a table of names and values."""
         rows = "".join(f"| {name} | {_cell(value)} |\n" for name, value in cells.items())
-        summary = text(tag, f"| name | value |\n|---|---|\n{rows}")
+        summary = text(tag, _encodable(f"| name | value |\n|---|---|\n{rows}"))
         summary.value[0].tag = tag  # without add_text's suffix
         self._get_file_writer().add_summary(summary, step)
 
@@ -69,7 +69,9 @@ class RunSummaryWriter(SummaryWriter):
 
         SummaryWriter.add_hparams would put it into a subdirectory, as a run of its own.
         """
-        plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
+        plain = {
+            k: v if isinstance(v, int | float) else _encodable(str(v)) for k, v in settings.items()
+        }
         experiment, start, _ = hparams(plain, dict.fromkeys(metrics))
         self._get_file_writer().add_summary(experiment, step)
         self._get_file_writer().add_summary(start, step)
@@ -134,6 +136,11 @@ def tags_at(directory: Path, step: int) -> set[str]:
                 if event.step == step:
                     tags |= {value.tag for value in event.summary.value}
     return tags
+
+
+def _encodable(text: str) -> str:
+    """Escape what UTF-8 lacks: bytes of a file name that are not text."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _cell(value: Any) -> str:

@@ -347,3 +347,12 @@ def test_a_fifo_in_the_place_of_metrics_is_named_and_a_link_is_not_written_throu
     opened(tmp_path)
     assert not file.is_symlink()
     assert (tmp_path / "mine").read_bytes() == b""
+
+
+def test_bytes_of_a_file_name_that_are_not_text_are_recorded_as_escapes(tmp_path: Path) -> None:
+    names = {"data": os.fsdecode(b"d\xe9.pkl.gz")}
+    writer = MetricsWriter(tmp_path, warn=print)
+    writer.open(0, 0, {"config": names}, names)
+    writer.close(0, {"results": names})
+    (events,) = tmp_path.glob("events.*")
+    assert events.read_bytes().count(rb"d\udce9.pkl.gz") == 3

@@ -13,7 +13,6 @@ import torch
 from mnist_dist.commands.doctor.gpus import Gpu, GpuFacts, read_gpus, shorten, why_no_cuda
 from mnist_dist.distributed.devices import (
     Backend,
-    check_device,
     cpus_allowed,
     pick_backend,
     pick_device,
@@ -22,6 +21,7 @@ from mnist_dist.distributed.devices import (
 from mnist_dist.distributed.launcher import SHELLS, Launch
 from mnist_dist.distributed.network import gloo_interface, interfaces, own_name_problem
 from mnist_dist.errors import UserError
+from mnist_dist.flags import check_device
 from mnist_dist.run.environment import code_digest, environment_facts
 
 _SETTINGS = (
