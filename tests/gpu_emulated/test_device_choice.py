@@ -199,7 +199,7 @@ def test_srun_tasks_that_see_one_gpu_each_take_number_0(fake_gpus: FakeGpus) -> 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CUDA", "cpu:0", ""])
 def test_a_device_that_is_none_is_refused(device: str, fake_gpus: FakeGpus) -> None:
     fake_gpus(1)
-    with pytest.raises(UserError, match=f"--device {device}: give auto, cpu, cuda"):
+    with pytest.raises(UserError, match=f"--device {device or repr(device)}: give auto, cpu, cuda"):
         pick_device(Launch("none"), device)
 
 
