@@ -69,7 +69,7 @@ def _save_forever(state: dict[str, Any], directory: Path, kind: str) -> None:
         if kind == "torch.save":
             torch.save(state, directory / "newest.pt")
         else:
-            store.save(state, step, {}, best=True)
+            store.save(state | {"step": step}, step, {}, best=True)
             store.flush()
 
 

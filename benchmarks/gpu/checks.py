@@ -273,7 +273,7 @@ def two_ranks_share_one_gpu_over_gloo(device: str) -> str:
         flags = ["--device=cuda:0", "--epochs=100000", "--step-timeout=20"]
         started = time.monotonic()
         job = jobs.start(path / "killed", *flags, processes=2)
-        while not (path / "killed" / "metrics.jsonl").exists():
+        while not (path / "killed" / "metrics.jsonl").exists() or not _recorded(path / "killed"):
             assert time.monotonic() < started + 60
             time.sleep(0.05)
         victim = _children(job.pid)[1]

@@ -167,7 +167,7 @@ def test_a_rank_that_hangs_is_an_error_of_the_others() -> None:
 
 def test_ranks_killed_in_the_middle_leave_nothing_behind(tmp_path: Path) -> None:
     with LiveJob(tmp_path, 2, "--data=bundled", "--epochs=1000") as job:
-        job.until(lambda: (job.run / "metrics.jsonl").exists())
+        job.until(lambda: job.trains)
         ranks = [pid for pid, rank in job.alive().items() if rank is not None]
         maps = [Path(f"/proc/{rank}/maps").read_text() for rank in ranks]
         assert ["memfd:mnist-dist-all-reduce" in text for text in maps] == [True, True]

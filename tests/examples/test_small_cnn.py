@@ -102,10 +102,12 @@ def test_a_checkpoint_of_the_old_model_is_refused_in_one_line_and_stays_as_it_wa
     clone: Path, tmp_path: Path
 ) -> None:
     old = completed_run(tmp_path, 1, "--data=bundled", "--train-samples=100", "--epochs=1")
+    (old / ".lock").unlink()  # it names the last process that held it
     before = {file: file.read_bytes() for file in old.rglob("*") if file.is_file()}
     ended = in_clone(clone, "python", "-c", USE_OF_ANOTHER_MODEL, str(old))
     assert (ended.code, ended.out) == (2, "")
     resumed, predicted = ended.err.splitlines()
     assert "--run-dir: its checkpoint holds another model than SmallCNN: it has no 1." in resumed
     assert "best.pt: holds no weights of this project's model, SmallCNN: it has no 1." in predicted
+    (old / ".lock").unlink()
     assert {file: file.read_bytes() for file in old.rglob("*") if file.is_file()} == before

@@ -264,7 +264,7 @@ def test_a_checkpoint_that_could_not_be_written_keeps_none_from_the_disk(
 ) -> None:
     store, disk = opened(tmp_path), FullDisk(monkeypatch)
     disk.full = {"step"}
-    assert store.save(state(1), 1, {}) == []
+    store.save(state(1), 1, {})  # returns the failure if the writer's thread was quick
     with pytest.raises(OSError, match="step_00000001"):
         store.flush()
     disk.full = set()
