@@ -98,7 +98,7 @@ def table(page: Page, random: Random) -> Page:
 
 
 def blot(page: Page, random: Random) -> Page:
-    """Drop ink beside the digit."""
+    """Drop ink next to the digit."""
     left, top, right, bottom = ink_box(page)
     side = bottom - top
     radius = side * random.uniform(0.02, 0.09)

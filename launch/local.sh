@@ -10,7 +10,7 @@ if [ -z "${PROCESSES:-}" ]; then
   PROCESSES=$(PYTHONPATH=$repository python -m mnist_dist.distributed.gpu_count)
   [ "$PROCESSES" -gt 0 ] || PROCESSES=2
 fi
-# 1 is torchrun's default, in whose place the job chooses a number by CPUs and quota.
+# torchrun's default, 1, makes the job choose the number by CPUs and quota.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # Under nohup, torchrun must not handle SIGHUP: it is ignored then.

@@ -83,3 +83,8 @@ def escape_unprintable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def counted(count: int, noun: str) -> str:
+    """Format a count for a message: `1 CPU`, `2 CPUs`."""
+    return f"{count} {noun}{'s' * (count != 1)}"

@@ -20,7 +20,7 @@ from mnist_dist.distributed.failures import PeerLostError, format_ranks
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.sync import RankSync, SyncResult
 from mnist_dist.distributed.world import World, init_distributed
-from mnist_dist.errors import JobError, Preempted, UserError
+from mnist_dist.errors import JobError, Preempted, UserError, counted
 from mnist_dist.evaluation import Evaluation
 from mnist_dist.model import build_model, describe
 from mnist_dist.run.console import (
@@ -145,7 +145,7 @@ class Job:
         hparams = config.hparams() | {"world_size": world.world_size}
         world.on_main(lambda: self.run.start(state, config.to_json(), facts, hparams))
         hosts = f" on {len(facts['hosts'])} hosts" if len(facts["hosts"]) > 1 else ""
-        threads = _counted(torch.get_num_threads(), "thread")
+        threads = counted(torch.get_num_threads(), "thread")
         each = " each" if world.world_size > 1 else ""
         console.print_field(
             "world", f"{world.description()}{hosts}, {threads}{each}, torch {torch.__version__}"
@@ -156,7 +156,7 @@ class Job:
         console.print_field("watch", tensorboard_command(str(self.run)))
         console.print_field("run", str(self.run))
         if state.step:
-            console.print(f"resume at step {state.step}, {_counted(state.epoch, 'epoch')} done")
+            console.print(f"resume at step {state.step}, {counted(state.epoch, 'epoch')} done")
         return sync
 
     def _plan(self, state: TrainState) -> str:
@@ -164,8 +164,8 @@ class Job:
         optimizer = type(state.optimizer).__name__.removeprefix("Lean")
         shifts = f", shifts up to {config.random_shift} px" if config.random_shift else ""
         return (
-            f"{_counted(config.epochs, 'epoch')} of "
-            f"{_counted(self.sharding.steps_per_epoch, 'step')}, "
+            f"{counted(config.epochs, 'epoch')} of "
+            f"{counted(self.sharding.steps_per_epoch, 'step')}, "
             f"global batch {config.global_batch_size}, {optimizer} lr {config.lr:g} "
             f"{config.schedule}, momentum {config.momentum:g}, "
             f"weight decay {config.weight_decay:g}{shifts}"
@@ -335,7 +335,3 @@ def _load_data(config: TrainConfig, world: World, console: Console) -> Dataset:
         "give every process the same flags, code and data",
     )
     return dataset.to(world.device)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' if count != 1 else ''}"

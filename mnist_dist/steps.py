@@ -17,6 +17,7 @@ from mnist_dist.distributed.ddp import (
     settle_buckets,
 )
 from mnist_dist.distributed.sync import RankSync
+from mnist_dist.errors import counted
 from mnist_dist.job import Job
 from mnist_dist.optimizer import TrainStep
 from mnist_dist.run.console import Progress
@@ -132,8 +133,7 @@ def _capture(
         reason = next((text for text in reasons if text is not None), None)
     if graphs is None or reason is not None:
         return None, f", no CUDA graphs: {reason}"
-    steps = graphs.steps_per_launch
-    return graphs, f", CUDA graphs of {steps} step{'s' * (steps != 1)}"
+    return graphs, f", CUDA graphs of {counted(graphs.steps_per_launch, 'step')}"
 
 
 def _capture_or_explain(graphs: GraphSteps) -> str | None:

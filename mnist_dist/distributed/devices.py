@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from mnist_dist.distributed.launcher import Launch
-from mnist_dist.errors import NodeError, UserError
+from mnist_dist.errors import NodeError, UserError, counted
 from mnist_dist.flags import check_device
 
 Backend = Literal["gloo", "nccl"]
@@ -49,9 +49,12 @@ def pick_device(
         shortage = f"torch finds no usable GPU here{f' ({fault})' if fault else ''}"
         remedy = "use --device cpu"
     elif index is not None:
-        shortage, remedy = f"this node has {_counted(gpus)}", f"give cuda:0 to cuda:{gpus - 1}"
+        shortage, remedy = (
+            f"this node has {counted(gpus, 'GPU')}",
+            f"give cuda:0 to cuda:{gpus - 1}",
+        )
     else:
-        shortage = f"{processes} processes on a node with {_counted(gpus)}"
+        shortage = f"{processes} processes on a node with {counted(gpus, 'GPU')}"
         remedy = (
             f"start {gpus} or fewer ({flag}), share one GPU with --device cuda:0, "
             "or use --device cpu"
@@ -98,10 +101,6 @@ def _use_gpu(index: int) -> torch.device:
     # All work goes to one stream, and none to the default stream, where no graph can be captured.
     torch.cuda.set_stream(torch.cuda.Stream(device))
     return device
-
-
-def _counted(gpus: int) -> str:
-    return f"{gpus} GPU{'s' * (gpus != 1)}"
 
 
 def pick_backend(launch: Launch, device: torch.device, wanted: str, backend: str) -> Backend:

@@ -349,6 +349,7 @@ def init_process_group(
     deprioritize_gloo()
     failures = FailureStore(store, launch.rank, launch.world_size)
     world = World(launch, device, backend, failures)
+    world.barrier()  # rank 0 may fail next, and with it goes the store that others still read
     if backend == "nccl":
         _connect_gpus(world)
     return world

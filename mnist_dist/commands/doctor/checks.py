@@ -10,13 +10,13 @@ from mnist_dist.commands.doctor.formatting import (
     FactsByRank,
     amount,
     by_node,
-    counted,
     difference,
     duration,
     name_ranks,
 )
 from mnist_dist.distributed.failures import format_ranges
 from mnist_dist.distributed.network import interface_remedy
+from mnist_dist.errors import counted
 
 Payloads = Sequence[Any]
 """What each rank measured, in rank order."""

@@ -19,14 +19,14 @@ from mnist_dist.commands.doctor import allreduce_check, checks, disk, gpu_checks
 from mnist_dist.commands.doctor.config import DoctorConfig
 from mnist_dist.commands.doctor.facts import Facts, gather_facts
 from mnist_dist.commands.doctor.findings import Finding, Report
-from mnist_dist.commands.doctor.formatting import by_node, counted, describe_ranks, name_ranks
+from mnist_dist.commands.doctor.formatting import by_node, describe_ranks, name_ranks
 from mnist_dist.commands.doctor.tcp_check import connect_to_all, listen
 from mnist_dist.distributed.failures import brief, is_comm_error
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.rendezvous import rendezvous
 from mnist_dist.distributed.store import StoreMailbox
 from mnist_dist.distributed.world import World, init_process_group
-from mnist_dist.errors import RendezvousError, ReportedError
+from mnist_dist.errors import RendezvousError, ReportedError, counted
 
 Payloads = list[Any]
 """What each rank measured, in rank order."""

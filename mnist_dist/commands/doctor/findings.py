@@ -6,8 +6,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from mnist_dist.commands.doctor.formatting import counted
-from mnist_dist.errors import print_line
+from mnist_dist.errors import counted, print_line
 
 Level = Literal["ok", "warning", "problem", "skipped"]
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from mnist_dist.commands.doctor.facts import Facts
 from mnist_dist.distributed.failures import format_ranges
+from mnist_dist.errors import counted
 
 FactsByRank = Mapping[int, Facts]
 """The known ranks."""
@@ -36,11 +37,6 @@ def difference(values: Mapping[int, str | None], facts_by_rank: FactsByRank) -> 
     if len(holders) < 2:
         return ""
     return "; ".join(f"{name_ranks(ranks, facts_by_rank)} has {v}" for v, ranks in holders.items())
-
-
-def counted(count: int, noun: str) -> str:
-    """Format a count: `1 CPU`, `2 CPUs`."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

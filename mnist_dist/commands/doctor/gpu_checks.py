@@ -10,12 +10,12 @@ from mnist_dist.commands.doctor.findings import Finding
 from mnist_dist.commands.doctor.formatting import (
     FactsByRank,
     by_node,
-    counted,
     difference,
     duration,
     name_ranks,
 )
 from mnist_dist.commands.doctor.gpus import NO_NVIDIA_SMI, Gpu, GpuFacts
+from mnist_dist.errors import counted
 
 
 def check_gpus(facts_by_rank: FactsByRank) -> list[Finding]:

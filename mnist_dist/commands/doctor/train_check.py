@@ -20,13 +20,14 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DistributedSampler
 
 from mnist_dist.commands.doctor.findings import Finding
-from mnist_dist.commands.doctor.formatting import FactsByRank, counted, name_ranks
+from mnist_dist.commands.doctor.formatting import FactsByRank, name_ranks
 from mnist_dist.data import bundled
 from mnist_dist.distributed.ddp import Bfloat16, register_comm_hook, settle_buckets
 from mnist_dist.distributed.devices import Precision, set_precision, set_threads
 from mnist_dist.distributed.failures import brief
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.world import World
+from mnist_dist.errors import counted
 from mnist_dist.evaluation import evaluate
 from mnist_dist.model import build_model
 from mnist_dist.optimizer import build_optimizer
