@@ -85,6 +85,18 @@ def escape_unprintable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def printable(value: object, limit: int | None = None) -> str:
+    """Format text from outside in one line: escape control characters and what is not text.
+
+    File names may contain newlines and invalid UTF-8. The rest beyond `limit` is cut off.
+    """
+    text = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in " ".join(str(value).splitlines())
+    )
+    return text if limit is None or len(text) <= limit else f"{text[:limit]}..."
+
+
 def counted(count: int, noun: str) -> str:
     """Format a count for a message: `1 CPU`, `2 CPUs`."""
     return f"{count} {noun}{'s' * (count != 1)}"

@@ -13,11 +13,10 @@ from mnist_dist.commands.runs import (
     RunSummary,
     finite_number,
     list_runs,
-    printable,
     read_object,
     read_records,
 )
-from mnist_dist.errors import UserError
+from mnist_dist.errors import UserError, printable
 from mnist_dist.flags import argument, flag, parse_flags
 
 LOSSES = {"train/loss": "train", "val/loss": "validation"}

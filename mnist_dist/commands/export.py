@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mnist_dist.atomic import write_atomically
 from mnist_dist.commands.loading import load_trained
 from mnist_dist.data import find_data, load
 from mnist_dist.dimensions import IMAGE_PIXELS
 from mnist_dist.errors import JobError, UserError, print_result
+from mnist_dist.files import write_atomically
 from mnist_dist.flags import argument, flag, parse_flags
 from mnist_dist.model import pixels
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mnist_dist.data.errors import one_line
-from mnist_dist.errors import UserError
+from mnist_dist.errors import UserError, printable
 from mnist_dist.files import read_regular
 from mnist_dist.model import build_model, state_dict_mismatch
 from mnist_dist.run.checkpoint import load_checkpoint
@@ -115,7 +114,7 @@ def _model(weights: Any, checkpoint: Path) -> nn.Module:
     if mismatch := state_dict_mismatch(weights, model):
         raise UserError(
             f"{checkpoint}: holds no weights of this project's model, {type(model).__name__}: "
-            f"{one_line(mismatch)}; {_REMEDY}"
+            f"{printable(mismatch)}; {_REMEDY}"
         )
     for name, weight in weights.items():
         if weight.layout != torch.strided or weight.is_quantized or weight.is_meta:

@@ -11,8 +11,7 @@ from torch import nn
 
 from mnist_dist.commands.loading import load_model
 from mnist_dist.commands.preprocessing import find_images, read_digit
-from mnist_dist.data.errors import one_line
-from mnist_dist.errors import UserError, print_result
+from mnist_dist.errors import UserError, print_result, printable
 from mnist_dist.flags import argument, flag, parse_flags
 from mnist_dist.model import pixels
 
@@ -99,7 +98,7 @@ def _print_error(error: UserError) -> int:
 
 
 def _print_table(predictions: Sequence[Prediction]) -> None:
-    names = [one_line(prediction.file) for prediction in predictions]
+    names = [printable(prediction.file) for prediction in predictions]
     width = max(map(len, names), default=0)
     for name, prediction in zip(names, predictions, strict=True):
         probabilities = enumerate(prediction.probabilities)

@@ -20,9 +20,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mnist_dist.commands.segmentation import Grey, Ink, find_digit
-from mnist_dist.data.errors import one_line
 from mnist_dist.dimensions import IMAGE_SIDE
-from mnist_dist.errors import UserError
+from mnist_dist.errors import UserError, printable
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 _MAX_PIXELS = 50_000_000
@@ -47,7 +46,7 @@ def preprocess_image(path: str | Path) -> Tensor:
 def read_digit(path: str | Path) -> tuple[Tensor, tuple[str, ...]]:
     """Return what `preprocess_image` returns, and why the digit may be misread."""
     path = Path(path)
-    name = one_line(str(path))
+    name = printable(str(path))
     grey = _read(path, name)
     image, notes = _as_mnist(grey), tuple[str, ...]()
     if image is None:
@@ -69,7 +68,7 @@ def find_images(path: str | Path) -> list[Path]:
     path = Path(path)
     if not path.is_dir():
         return [path]
-    name = one_line(str(path))
+    name = printable(str(path))
     try:
         found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
     except OSError as error:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.errors import UserError, print_result
+from mnist_dist.errors import UserError, print_result, printable
 from mnist_dist.files import read_regular
 from mnist_dist.flags import argument, flag, parse_flags
 from mnist_dist.lock import is_held
@@ -167,11 +167,6 @@ def short_text(values: Mapping[str, Any], name: str) -> str | None:
     """Return text from a file, safe to print on a terminal."""
     value = values.get(name)
     return printable(value)[:60] if isinstance(value, str) and value else None
-
-
-def printable(text: str) -> str:
-    """Return `text` with a ? for each character that could control a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _print_table(runs: Sequence[RunSummary]) -> None:

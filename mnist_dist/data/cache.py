@@ -22,10 +22,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from mnist_dist.data.errors import DataError, MalformedError, naming_file, one_line
+from mnist_dist.data.errors import DataError, MalformedError, naming_file
 from mnist_dist.data.splits import SPLIT_NAMES, Dataset, Split, fingerprint
 from mnist_dist.dimensions import IMAGE_PIXELS, NUM_CLASSES
+from mnist_dist.errors import printable
 from mnist_dist.files import create_new, open_regular
+from mnist_dist.lock import FileLock, LockHeldError
 
 # Increase it when the content of an entry changes: older entries are then rebuilt.
 FORMAT = 2
@@ -34,7 +36,6 @@ REMEDY = "name a writable directory of your own with --cache-dir or MNIST_DIST_C
 
 # Longer than the limit of a download.
 LOCK_WAIT_S = 600
-_LOCK_POLL_S = 0.05
 # A temporary file of this age belongs to a process that was killed.
 _STALE_S = 3600
 # Larger than the entry of any data set that can be read.
@@ -152,13 +153,22 @@ def exclusive(entry: Path) -> Iterator[CacheDir]:
     Raises:
         DataError: another process held the lock for `LOCK_WAIT_S`.
     """
+    lock = FileLock(entry.with_name(f"{entry.name}.lock"))
     with ExitStack() as held:
+        held.callback(lock.release)
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
-            held.callback(os.close, _lock(entry.with_name(f"{entry.name}.lock")))
+            with suppress(FileNotFoundError):
+                _check_owner(lock.path.lstat())  # another user could hold it for ever
+            lock.acquire(LOCK_WAIT_S, lambda notice: None)
             # The lock file can be writable although the directory is not.
             with tempfile.TemporaryFile(dir=entry.parent):
                 pass
+        except LockHeldError as error:
+            raise DataError(
+                f"{lock.path}: held by another process for {LOCK_WAIT_S} s ({error})",
+                "check that it is still preparing the data, or stop it, then start again",
+            ) from error
         except OSError as error:
             target = private_dir(entry.parent, error)
         else:
@@ -182,47 +192,15 @@ def private_dir(refused: Path, reason: Exception) -> CacheDir:
         ) from error
     atexit.register(_remove, made, os.getpid())
     warning = f"cache {refused} cannot be used ({fault}): converting for this run only; {REMEDY}"
-    return CacheDir(made, (one_line(warning),))
-
-
-def _lock(file: Path) -> int:
-    """Lock `file`, where the file system can; returns the descriptor to close.
-
-    Raises:
-        DataError: another process held it for `LOCK_WAIT_S`.
-        OSError: it cannot be opened, or is another user's, who could hold it for ever.
-    """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(file, flags, 0o600)
-    deadline = time.monotonic() + LOCK_WAIT_S
-    try:
-        _check_owner(descriptor)
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise DataError(
-                        f"{file}: held by another process for {LOCK_WAIT_S} s",
-                        "check that it is still preparing the data, or stop it, then start again",
-                    ) from None
-                time.sleep(_LOCK_POLL_S)
-            except OSError:
-                # No locks on this file system: jobs may convert the same data twice, no more.
-                return descriptor
-            else:
-                return descriptor
-    except BaseException:
-        os.close(descriptor)
-        raise
+    return CacheDir(made, (printable(warning),))
 
 
 def _open(entry: Path) -> BinaryIO:
     """Open an entry that no other user but root can have written, or a sealed copy of one."""
     file = open_regular(entry)
     try:
-        _check_owner(file.fileno())
         found = os.fstat(file.fileno())
+        _check_owner(found)
         if found.st_mode & 0o022 and not _is_sealed(file):
             raise UntrustedError("can be written by other users")
         if found.st_size > _MAX_BYTES:
@@ -233,10 +211,9 @@ def _open(entry: Path) -> BinaryIO:
     return file
 
 
-def _check_owner(descriptor: int) -> None:
-    owner = os.fstat(descriptor).st_uid
-    if owner not in (os.geteuid(), 0):
-        raise UntrustedError(f"belongs to another user (uid {owner})")
+def _check_owner(status: os.stat_result) -> None:
+    if status.st_uid not in (os.geteuid(), 0):
+        raise UntrustedError(f"belongs to another user (uid {status.st_uid})")
 
 
 def _is_sealed(file: BinaryIO) -> bool:
@@ -299,7 +276,7 @@ def _parse(file: BinaryIO, name: str | None = None) -> Dataset:
     if not isinstance(description, str) or not isinstance(digest, str):
         raise MalformedError("is a cache entry without description or fingerprint")
     train, validation, test = (_split(content, name) for name in SPLIT_NAMES)
-    return Dataset(train, validation, test, one_line(description), digest)
+    return Dataset(train, validation, test, printable(description), digest)
 
 
 def _split(content: dict[str, Any], name: str) -> Split:

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mnist_dist.errors import UserError
+from mnist_dist.errors import UserError, printable
 
+# Of what a file may make us print.
+_MOST_CHARACTERS = 400
 FILE_REMEDY = "copy or download it again, or pass another file with --data"
 _OTHER_PATH = "pass another path with --data"
 _ERRNO_REMEDIES = {
@@ -28,8 +30,8 @@ class DataError(UserError):
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(problem, remedy)
-        self.problem = one_line(problem)
-        self.remedy = one_line(remedy)
+        self.problem = printable(problem)
+        self.remedy = printable(remedy)
 
     def __str__(self) -> str:
         return f"{self.problem}; {self.remedy}"
@@ -59,7 +61,8 @@ def naming_file(file: Path | str, remedy: str | None = None) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{file}: {_fault(error)}", remedy or _remedy(error)) from error
+        fault = printable(_fault(error), _MOST_CHARACTERS)
+        raise DataError(f"{file}: {fault}", remedy or _remedy(error)) from error
 
 
 def _fault(error: Exception) -> str:
@@ -71,7 +74,7 @@ def _fault(error: Exception) -> str:
         return "is cut short"
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror or error}"
-    return f"is damaged: {type(error).__name__}: {printable(error)}"
+    return f"is damaged: {type(error).__name__}: {error}"
 
 
 def _remedy(error: Exception) -> str:
@@ -80,17 +83,3 @@ def _remedy(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return _ERRNO_REMEDIES.get(error.errno, _OTHER_PATH)
     return FILE_REMEDY
-
-
-def printable(value: object, limit: int = 120) -> str:
-    """Make text from a file safe to print: ASCII, without control characters, short."""
-    text = ascii(str(value))[1:-1]
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
-def one_line(text: str) -> str:
-    """Make text with a path printable: file names may contain newlines, escapes, invalid UTF-8."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode()
-        for c in " ".join(text.splitlines())
-    )

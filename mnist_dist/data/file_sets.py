@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from mnist_dist.data import idx, npz
-from mnist_dist.data.errors import DataError, MalformedError, naming_file, printable
+from mnist_dist.data.errors import DataError, MalformedError, naming_file
 from mnist_dist.data.signatures import SAVE_AS_NPZ
 from mnist_dist.data.splits import Splits, hold_out_validation
 from mnist_dist.data.streams import LIMIT, BoundedStream
@@ -142,8 +142,8 @@ def read_zip(content: bytes, path: Path) -> Splits:
             if _meaning(name.name):
                 # Kaggle has each file in a folder of its name.
                 folder = name.parents[1] if _meaning(name.parent.name) else name.parent
-                files = folders.setdefault(str(path / printable(folder)), {})
-                files[str(path / printable(name))] = partial(_read_member, archive, info)
+                files = folders.setdefault(str(path / folder), {})
+                files[str(path / name)] = partial(_read_member, archive, info)
         found = {folder: sets for folder, files in folders.items() if (sets := _sets(files))}
         if len(found) > 1:
             problem = f"contains several data sets: {', '.join(found)}"

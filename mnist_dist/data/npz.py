@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mnist_dist.data.errors import MalformedError, printable
+from mnist_dist.data.errors import MalformedError
 from mnist_dist.data.signatures import SAVE_AS_NPZ
 from mnist_dist.data.splits import Splits, hold_out_validation
 from mnist_dist.data.streams import BoundedStream
@@ -60,7 +60,7 @@ def read_arrays(stream: IO[bytes], names: Sequence[str]) -> list[NDArray[Any]]:
         missing = [name for name in names if f"{name}.npy" not in members]
         if missing:
             raise MalformedError(
-                f"lacks {', '.join(missing)} (it has {printable(', '.join(members)) or 'nothing'})",
+                f"lacks {', '.join(missing)} (it has {', '.join(members) or 'nothing'})",
                 SAVE_AS_NPZ,
             )
         return [_read_array(archive, members[f"{name}.npy"]) for name in names]
@@ -77,7 +77,7 @@ def open_zip(content: bytes) -> zipfile.ZipFile:
 def check_compression(member: zipfile.ZipInfo) -> None:
     """Raise `MalformedError` unless `member` is stored or deflated, and not encrypted."""
     if member.compress_type not in _COMPRESSIONS:
-        problem = f"{printable(member.filename)} uses a compression that numpy does not write"
+        problem = f"{member.filename} uses a compression that numpy does not write"
         raise MalformedError(problem, "unpack it, and pass what is in it")
     if member.flag_bits & 1:
         raise MalformedError("is encrypted", "unpack it, and pass what is in it")
@@ -88,7 +88,7 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[An
     with archive.open(member) as stream:
         shape, fortran_order, dtype = _read_header(stream)
         if dtype.kind not in "iuf":
-            problem = f"{printable(member.filename)} holds {printable(dtype)}, not numbers"
+            problem = f"{member.filename} holds {dtype}, not numbers"
             raise MalformedError(problem, SAVE_AS_NPZ)
         size, left = math.prod(shape) * dtype.itemsize, member.file_size - stream.tell()
         if size != left or size == 0:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mnist_dist.data.errors import MalformedError, printable
+from mnist_dist.data.errors import MalformedError
 from mnist_dist.data.signatures import SAVE_AS_NPZ
 from mnist_dist.data.splits import SPLIT_NAMES, Splits, hold_out_validation, make_split
 from mnist_dist.data.streams import BoundedStream, unpacked
@@ -86,7 +86,7 @@ class _Dtype:
         self._order = "|"
         if self._code not in _NUMBERS:
             raise MalformedError(
-                f"holds an array of {printable(self._code)}, not of plain numbers", SAVE_AS_NPZ
+                f"holds an array of {self._code}, not of plain numbers", SAVE_AS_NPZ
             )
 
     def set_state(self, state: object) -> None:
@@ -95,7 +95,7 @@ class _Dtype:
             raise MalformedError("holds an array of records, not of plain numbers", SAVE_AS_NPZ)
         self._order = _text(state[1])
         if self._order not in _BYTE_ORDERS:
-            raise MalformedError(f"holds an array of byte order {printable(self._order)}")
+            raise MalformedError(f"holds an array of byte order {self._order}")
 
     def to_numpy(self) -> np.dtype[Any]:
         """Return the dtype, built from two strings that were found in tables."""
@@ -127,7 +127,7 @@ class _Array:
         if not isinstance(data, (bytes, bytearray)) or not isinstance(dtype, _Dtype):
             raise MalformedError("holds an array in a form that numpy does not write")
         if not isinstance(shape, tuple) or not all(type(n) is int and n > 0 for n in shape):
-            raise MalformedError(f"holds an array of shape {printable(shape)}")
+            raise MalformedError(f"holds an array of shape {shape}")
         numbers = dtype.to_numpy()
         if math.prod(shape) * numbers.itemsize != len(data):
             raise MalformedError(f"holds an array of {numbers} {shape} in {len(data):,} bytes")
@@ -201,13 +201,13 @@ class _ArrayUnpickler(_Machine):
         if (module, name) == ("_codecs", "encode"):
             return self._encode
         if (module, name) not in _STAND_INS:
-            raise MalformedError(f"is refused: the pickle asks for {printable(f'{module}.{name}')}")
+            raise MalformedError(f"is refused: the pickle asks for {module}.{name}")
         return _STAND_INS[module, name]
 
     def _encode(self, text: str, encoding: object) -> bytes:
         """Return bytes that Python 3 pickled as text (protocols 0 to 2), within the size limit."""
         if _text(encoding) != "latin1":
-            raise MalformedError(f"is refused: bytes in the encoding {printable(encoding)}")
+            raise MalformedError(f"is refused: bytes in the encoding {encoding}")
         self._stream.spend(len(text))
         return text.encode("latin1")
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import data as torch_data
 
-from mnist_dist.data.errors import DataError, MalformedError, one_line
+from mnist_dist.data.errors import DataError, MalformedError
 from mnist_dist.data.numbers import labels_as_integers, pixels_as_bytes
+from mnist_dist.errors import printable
 
 SPLIT_NAMES = ("train", "validation", "test")
 
@@ -102,7 +103,7 @@ def describe(splits: Splits, digest: str, source: str) -> str:
     """Describe splits of the fingerprint `digest` that come from `source`, in one line."""
     name = "MNIST" if digest == MNIST_SHA256 else "Dataset"
     sizes = " / ".join(f"{len(split):,}" for split in splits)
-    return f"{name}, {sizes} from {one_line(source)}"
+    return f"{name}, {sizes} from {printable(source)}"
 
 
 def make_split(name: str, images: NDArray[Any], labels: NDArray[Any]) -> Split:

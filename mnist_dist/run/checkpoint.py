@@ -23,9 +23,8 @@ from typing import Any
 
 import torch
 
-from mnist_dist.atomic import make_directory, sweep_temporary, write_atomically
 from mnist_dist.errors import UserError
-from mnist_dist.files import read_regular
+from mnist_dist.files import make_directory, read_regular, sweep_temporary, write_atomically
 
 # Bytes; a file of this project's model has 0.6 MB with its optimizer, a sidecar 500 bytes.
 _LARGEST_FILE = 1 << 36

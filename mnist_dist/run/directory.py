@@ -12,16 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from mnist_dist.atomic import (
+from mnist_dist.distributed.failures import PeerLostError
+from mnist_dist.errors import JobError, ReportedError, UserError
+from mnist_dist.files import (
     make_directory,
     overwrite,
+    read_regular,
     sweep_temporary,
     sync_directory,
     write_atomically,
 )
-from mnist_dist.distributed.failures import PeerLostError
-from mnist_dist.errors import JobError, ReportedError, UserError
-from mnist_dist.files import read_regular
 from mnist_dist.lock import FileLock, LockHeldError, LockLostError
 from mnist_dist.run.checkpoint import CheckpointStore
 from mnist_dist.run.environment import environment_facts

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mnist_dist.atomic import sync_directory, write_atomically
 from mnist_dist.dimensions import IMAGE_PIXELS, IMAGE_SIDE
-from mnist_dist.files import read_regular
+from mnist_dist.files import read_regular, sync_directory, write_atomically
 from mnist_dist.run.logfile import LogFile
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from processes import ROOT
 # From the ground up: a module may import from the layers below its own, and within its layer from
 # the modules before it. A package counts as one module.
 LAYERS = [
-    ["errors", "dimensions", "files", "atomic", "lock", "flags", "config", "torch_internals"],
+    ["errors", "dimensions", "files", "lock", "flags", "config", "torch_internals"],
     ["model", "optimizer", "distributed", "data"],
     ["sampling", "evaluation", "cuda_graphs", "fast", "run"],
     ["job", "steps", "train_ddp", "commands", "__main__"],

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from mnist_dist.atomic import write_atomically
 from mnist_dist.errors import UserError
-from mnist_dist.files import read_regular
+from mnist_dist.files import read_regular, write_atomically
 from mnist_dist.run import checkpoint
 from mnist_dist.run.checkpoint import CheckpointStore, load_checkpoint
 

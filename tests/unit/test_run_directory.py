@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mnist_dist.atomic import overwrite, write_atomically
 from mnist_dist.errors import JobError, UserError
+from mnist_dist.files import overwrite, write_atomically
 from mnist_dist.run.directory import RunDirectory, read_status
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mnist_dist.atomic import sync_directory
+from mnist_dist.files import sync_directory
 from mnist_dist.lock import NO_LOCKS
 
 _BLOCK = 1 << 20
