@@ -7,7 +7,6 @@ srun python train_ddp.py                       one process per Slurm task
 Every rank runs all of this file; only rank 0 prints and writes files.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -32,7 +31,7 @@ from mnist_dist.run.console import EpochTimer, Progress
 from mnist_dist.run.metrics import EpochPlots
 from mnist_dist.run.state import TrainState
 from mnist_dist.sampling import global_batches
-from mnist_dist.steps import build_stepper, prepare_model, replay_epoch
+from mnist_dist.steps import prepare_model, prepare_steps, replay_epoch
 
 
 def train(config: TrainConfig, launch: Launch) -> None:
@@ -60,24 +59,25 @@ def fit(job: Job, state: TrainState, sync: RankSync) -> None:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     sampler = DistributedSampler[int](split, world.world_size, world.rank, seed=config.seed)
     with (
-        build_stepper(job, state, model, train_step, sync) as stepper,
-        job.console.progress(job.run_length(state.step), sync.wait_for_device) as progress,
+        prepare_steps(job, state, model, train_step, sync) as steps,  # DDP's hook, CUDA graphs
+        Progress(job.console, config.epochs, sharding, state.step, sync.wait_for_gpu) as progress,
     ):
         while state.epoch < config.epochs:
             sampler.set_epoch(state.epoch)  # a new permutation, the same on every rank
-            timer = EpochTimer(sharding, state.batch, stepper.all_reduce_seconds)
-            if stepper.graphs is None:
+            timer = EpochTimer(sharding, state.batch, steps.all_reduce_seconds)
+            if steps.graphs is None:
                 batches = global_batches(split, sampler, sharding, state.batch, config.random_shift)
                 for images, labels, global_size in batches:
                     scale = torch.full((), world.world_size / global_size, device=world.device)
-                    loss = stepper.step(model, state.optimizer, images, labels, scale)
-                    state.count_step(loss)  # and step the learning rate's schedule
-                    progress.step(state.step, loss)
-                    job.sync_step(state, sync)  # now and then: stop, save, not a number
+                    loss = steps.train_step(model, state.optimizer, images, labels, scale)
+                    state.step_schedule()
+                    state.count_steps(loss)
+                    progress.update(state.step, loss)
+                    job.sync_if_due(state, sync)  # to stop, save, or fail on a loss of nan
             else:  # --cuda-graphs: many times train_step in one launch
-                replay_epoch(job, stepper.graphs, sampler, state, sync, progress)
-            train_loss = job.sync_epoch(state, sync)
-            end_epoch(job, state, {"train/loss": train_loss, **timer.metrics(model)}, progress)
+                replay_epoch(job, steps.graphs, sampler, state, sync, progress)
+            metrics = {"train/loss": job.sync_epoch(state, sync), **timer.metrics(model)}
+            end_epoch(job, state, metrics, progress)
 
 
 def train_step(
@@ -137,8 +137,7 @@ def log(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns this process's exit code."""
-    flags = sys.argv[1:] if argv is None else argv
-    return run_rank(lambda launch: train(parse_config(flags), launch))
+    return run_rank(lambda launch: train(parse_config(argv), launch))
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:

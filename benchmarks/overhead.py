@@ -15,8 +15,9 @@ from benchmarks.stepping import Stepper
 from mnist_dist.data import find_data, load
 from mnist_dist.distributed.devices import set_threads
 from mnist_dist.distributed.launcher import read_launch
+from mnist_dist.distributed.process_group import init_distributed
 from mnist_dist.distributed.sync import RankSync
-from mnist_dist.distributed.world import World, init_distributed
+from mnist_dist.distributed.world import World
 
 _INSIDE = "--inside"
 _BATCH = 64
@@ -29,7 +30,7 @@ def epoch_seconds(world: World, stepper: Stepper, sync: RankSync, checked: bool)
     world.barrier()
     started = time.perf_counter()
     for batch in stepper.batches(epoch=0):
-        state.count_step(stepper.step(*batch))
+        state.count_steps(stepper.step(*batch))
         sync.count(1)
         if checked and sync.is_due:
             sync.exchange(bad_step=state.drain_losses())

@@ -21,7 +21,8 @@ from benchmarks.stepping import Kind, Stepper, Transport
 from mnist_dist.data import Dataset, find_data, load
 from mnist_dist.distributed.devices import set_threads
 from mnist_dist.distributed.launcher import read_launch
-from mnist_dist.distributed.world import World, init_distributed
+from mnist_dist.distributed.process_group import init_distributed
+from mnist_dist.distributed.world import World
 from mnist_dist.evaluation import evaluate
 from mnist_dist.model import MLP
 

@@ -23,7 +23,7 @@ from mnist_dist.config import TrainConfig, parse_config
 from mnist_dist.data import find_data, load
 from mnist_dist.distributed.devices import set_threads
 from mnist_dist.distributed.launcher import Launch
-from mnist_dist.distributed.world import init_distributed
+from mnist_dist.distributed.process_group import init_distributed
 from mnist_dist.evaluation import evaluate
 from mnist_dist.model import build_model
 from mnist_dist.optimizer import build_optimizer

@@ -22,10 +22,11 @@ from benchmarks.stepping import Stepper
 from mnist_dist.data import Dataset, find_data, load
 from mnist_dist.distributed.devices import set_threads
 from mnist_dist.distributed.launcher import read_launch
-from mnist_dist.distributed.world import World, init_distributed
+from mnist_dist.distributed.process_group import init_distributed
+from mnist_dist.distributed.world import World
 from mnist_dist.evaluation import evaluate
 from mnist_dist.optimizer import gradient_norm
-from mnist_dist.run.console import Console, RunLength
+from mnist_dist.run.console import Console, Progress
 from mnist_dist.run.metrics import EpochPlots, MetricsWriter, should_log_plots
 
 _BATCH = 64
@@ -45,7 +46,6 @@ class Training:
     def __post_init__(self) -> None:
         self.stepper = Stepper(self.world, self.dataset.train, _BATCH)
         self.state, self.sharding = self.stepper.state, self.stepper.sharding
-        self.length = RunLength(self.epochs, self.sharding, done=0)
         self.metrics = MetricsWriter(self.directory, warn=print)
         if self.level != "nothing":
             self.metrics.open(0, 0, {}, {})
@@ -56,11 +56,11 @@ class Training:
         number = state.epoch + 1
         with_plots = self.level == "full" and should_log_plots(number, self.epochs)
         console = Console(enabled=self.level != "nothing")
-        with console.progress(self.length) as progress:
+        with Progress(console, self.epochs, self.sharding, done=0) as progress:
             for batch in self.stepper.batches(number):
                 loss_sum = self.stepper.step(*batch)
-                state.count_step(loss_sum)
-                progress.step(state.step, loss_sum)
+                state.count_steps(loss_sum)
+                progress.update(state.step, loss_sum)
             state.drain_losses()
             loss = state.loss_sum / self.sharding.samples
             split = self.dataset.validation

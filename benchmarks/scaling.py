@@ -28,8 +28,9 @@ from benchmarks.stepping import Kind, Stepper, Transport
 from mnist_dist.data import Split, find_data, load
 from mnist_dist.distributed.devices import cpus_allowed
 from mnist_dist.distributed.launcher import read_launch
+from mnist_dist.distributed.process_group import init_distributed
 from mnist_dist.distributed.shared_memory import SharedMemoryAllReduce
-from mnist_dist.distributed.world import World, init_distributed
+from mnist_dist.distributed.world import World
 
 _INSIDE = "--inside"
 _STEPS = 100

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,13 +223,14 @@ class TrainConfig:
         return self.hyperparameters() | {name: getattr(self, name) for name in names}
 
 
-def parse_config(argv: Sequence[str]) -> TrainConfig:
+def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
     """Read the command line. Precedence: explicit flag, --recipe, --config file, default.
 
     Raises:
         UserError: one line that names the flag or file, the value and the remedy.
         SystemExit: with code 0 after --help.
     """
+    argv = sys.argv[1:] if argv is None else argv
     if any(word.partition("=")[0] == "--backward" for word in argv):
         raise UserError("--backward: replaced by --step; give --step ddp or --step manual")
     given = given_flags(TrainConfig, argv, "train_ddp.py")

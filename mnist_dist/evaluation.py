@@ -1,5 +1,6 @@
 """Exact evaluation: every sample counts once, however many ranks share the work."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -119,18 +120,13 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
 def _most_confident_errors(
     logits: Tensor, predicted: Tensor, labels: Tensor, world: World, most: int
 ) -> tuple[ConfidentError, ...]:
-    """Gather `most` rows from each rank, padded with index -1, and return the most confident."""
+    """Return the `most` most confident errors of all ranks, gathered from those of each."""
     wrong = (predicted != labels).nonzero().flatten()
     probability, order = logits[wrong].softmax(1).amax(1).sort(descending=True)
     chosen = wrong[order[:most]]
     places = world.rank + world.world_size * chosen  # as in eval_shard
     columns = [places, labels[chosen], predicted[chosen], probability[:most]]
-    rows = torch.full((most, 4), -1, dtype=torch.float64)
-    rows[: len(chosen)] = torch.stack([column.double() for column in columns], 1).cpu()
-    found = [
-        ConfidentError(int(index), int(label), int(prediction), confidence)
-        for part in world.gather_tensors(rows)
-        for index, label, prediction, confidence in part.tolist()
-        if index >= 0
-    ]
+    rows = torch.stack([column.double() for column in columns], 1).tolist()
+    local = [ConfidentError(int(i), int(label), int(p), share) for i, label, p, share in rows]
+    found = itertools.chain(*world.gather(local))
     return tuple(sorted(found, key=lambda error: (-error.probability, error.index))[:most])

@@ -18,14 +18,14 @@ from mnist_dist.distributed.ddp import check_compression
 from mnist_dist.distributed.devices import set_precision, set_threads
 from mnist_dist.distributed.failures import PeerLostError, format_ranks
 from mnist_dist.distributed.launcher import Launch
+from mnist_dist.distributed.process_group import init_distributed
 from mnist_dist.distributed.sync import RankSync, SyncResult
-from mnist_dist.distributed.world import World, init_distributed
+from mnist_dist.distributed.world import World
 from mnist_dist.errors import JobError, Preempted, UserError, counted
 from mnist_dist.evaluation import Evaluation
 from mnist_dist.model import build_model, describe
 from mnist_dist.run.console import (
     Console,
-    RunLength,
     next_commands,
     summary_fields,
     tensorboard_command,
@@ -33,7 +33,7 @@ from mnist_dist.run.console import (
 from mnist_dist.run.directory import RunDirectory, find_run_directory
 from mnist_dist.run.environment import code_digest
 from mnist_dist.run.metrics import EpochPlots, should_log_plots
-from mnist_dist.run.state import TrainState
+from mnist_dist.run.state import NOT_FINITE_REMEDY, TrainState
 from mnist_dist.sampling import Sharding
 
 
@@ -70,10 +70,6 @@ class Job:
     def should_log_plots(self, epoch: int) -> bool:
         """Return whether TensorBoard gets plots of epoch number `epoch` (1 = the first)."""
         return self.config.tensorboard == "full" and should_log_plots(epoch, self.config.epochs)
-
-    def run_length(self, step: int) -> RunLength:
-        """Return how long the run is, `step` steps of which were taken by earlier starts."""
-        return RunLength(self.config.epochs, self.sharding, step)
 
     def resume(self, state: TrainState) -> None:
         """Open the run directory and load its newest checkpoint, if any, into `state`.
@@ -171,7 +167,7 @@ class Job:
             f"weight decay {config.weight_decay:g}{shifts}"
         )
 
-    def sync_step(self, state: TrainState, sync: RankSync, steps: int = 1) -> None:
+    def sync_if_due(self, state: TrainState, sync: RankSync, steps: int = 1) -> None:
         """After one or more steps: exchange stop, checkpoint and NaN flags if it is time to.
 
         Raises:
@@ -184,7 +180,7 @@ class Job:
         sync.limit_launches()
         sync.count(steps)
         if sync.is_due or save_now:
-            sync.wait_for_device()
+            sync.wait_for_gpu()
             result = sync.exchange(bad_step=state.drain_losses(), lost_run=not self.run.is_held)
             self._check(state, result)
             self._save_or_stop(state, sync, result, save_now)
@@ -197,7 +193,7 @@ class Job:
                 directory is no longer this job's.
             Preempted: a rank was asked to stop; the state is on disk.
         """
-        sync.wait_for_device()
+        sync.wait_for_gpu()
         bad_step = state.drain_losses()  # before the payload, which holds their sum
         result = sync.exchange(
             bad_step=bad_step,
@@ -217,11 +213,11 @@ class Job:
 
     def _check(self, state: TrainState, result: SyncResult) -> None:
         """Raise JobError on all ranks if one has found that the run cannot continue."""
-        if result.bad_rank is not None:
+        if result.bad_loss is not None:
+            step, rank = result.bad_loss
             raise JobError(
-                f"the loss at step {result.bad_step} (epoch {state.epoch + 1}) on rank "
-                f"{result.bad_rank} is not finite; nothing was saved after it: check the data, or "
-                "lower --lr and start in another --run-dir"
+                f"the loss at step {step} (epoch {state.epoch + 1}) on rank {rank} is not finite; "
+                f"{NOT_FINITE_REMEDY}"
             )
         if result.lost_run:
             self.world.on_main(self.run.check_held)

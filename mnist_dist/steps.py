@@ -27,10 +27,10 @@ from mnist_dist.torch_internals import keep_compiler_out_of_ddp
 
 
 @dataclass(frozen=True)
-class Stepper:
+class Steps:
     """What takes the steps of a run."""
 
-    step: TrainStep
+    train_step: TrainStep
     """Takes one step."""
     graphs: GraphSteps | None
     """Takes many in one launch; None without --cuda-graphs."""
@@ -53,19 +53,13 @@ def prepare_model(job: Job, model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def build_stepper(
+def prepare_steps(
     job: Job, state: TrainState, model: nn.Module, train_step: TrainStep, sync: RankSync
-) -> Iterator[Stepper]:
+) -> Iterator[Steps]:
     """Choose what takes the steps and what gradients travel over, and print the line `step`.
 
-    Every rank must call this.
-
-    Args:
-        job: with the flags.
-        state: with the bare model and the optimizer.
-        model: what `prepare_model` returned, in DDP if there are several ranks.
-        train_step: takes one step of `model`.
-        sync: waits for the GPU.
+    Registers the communication hook of `model`, which is what `prepare_model` returned, in DDP if
+    there are several ranks; captures `train_step` as CUDA graphs. Every rank must call this.
     """
     config, world = job.config, job.world
     share_memory = config.shared_memory == "auto"
@@ -91,7 +85,7 @@ def build_stepper(
         train_step = profile_steps(train_step, job.run.path / "profile")
     world.set_timeout(config.step_timeout)  # compiling and capturing may take longer
     try:
-        yield Stepper(train_step, graphs, seconds)
+        yield Steps(train_step, graphs, seconds)
     finally:
         if graphs is not None:
             graphs.close()
@@ -158,13 +152,13 @@ def replay_epoch(
     while state.batch < job.sharding.steps_per_epoch:
         rates = [state.step_schedule() for _ in range(_steps_until_sync(job, state, sync))]
         losses = graphs.take(rates)
-        state.count_steps(len(rates), losses)
-        progress.step(state.step, losses)
-        job.sync_step(state, sync, len(rates))
+        state.count_steps(losses)
+        progress.update(state.step, losses)
+        job.sync_if_due(state, sync, len(rates))
 
 
 def _steps_until_sync(job: Job, state: TrainState, sync: RankSync) -> int:
-    """Return the steps until the epoch ends or `Job.sync_step` has something to do."""
+    """Return the steps until the epoch ends or `Job.sync_if_due` has something to do."""
     every = job.config.checkpoint_every_steps
     until_saved = every - state.step % every if every else sys.maxsize
     return min(job.sharding.steps_per_epoch - state.batch, sync.steps_left, until_saved)

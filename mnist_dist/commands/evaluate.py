@@ -16,7 +16,8 @@ from mnist_dist import evaluation as engine
 from mnist_dist.commands.loading import TrainedModel, load_trained
 from mnist_dist.data import DataError, DataLocation, Dataset, find_data, load
 from mnist_dist.distributed import process
-from mnist_dist.distributed.world import World, init_distributed
+from mnist_dist.distributed.process_group import init_distributed
+from mnist_dist.distributed.world import World
 from mnist_dist.errors import UserError, print_result
 from mnist_dist.evaluation import Evaluation
 from mnist_dist.flags import argument, flag, parse_flags

@@ -106,6 +106,12 @@ class Launch:
         )
 
     @property
+    def endpoint(self) -> str:
+        """Where the ranks meet: `host:port`."""
+        host = self.master_addr or ""
+        return f"[{host}]:{self.master_port}" if ":" in host else f"{host}:{self.master_port}"
+
+    @property
     def description(self) -> str:
         """The number of processes and what started them: `4 processes (torchrun)`."""
         if self.launcher == "none":

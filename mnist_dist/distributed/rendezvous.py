@@ -37,9 +37,8 @@ def rendezvous(
 
     Args:
         launch: this process's rank, the world size, and where the shared store is.
-        timeout: seconds until this gives up.
+        timeout: in seconds; `flag` is the user's name for it.
         notify: called once, with the reason, if the store stays unreachable for a while.
-        flag: the user's name for `timeout`.
 
     Raises:
         RendezvousError: the store is unreachable, or the ranks it names did not arrive in time.
@@ -52,10 +51,11 @@ def rendezvous(
         hint = f"; {launch.missing_ranks_hint}" if launch.by_hand else ""
         wait_until_reachable(address, port, deadline, lambda line: notify(line + hint))
     shared = _open(address, port, launch.is_store_host, deadline)
-    where = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-    if launch.rank == 0:
-        return _host(shared, launch, where, deadline, flag, notify)
-    return _join(shared, launch, where, deadline, flag, notify)
+    host_or_join = _host if launch.rank == 0 else _join
+    try:
+        return host_or_join(shared, launch, deadline, notify)
+    except TimeoutError as error:
+        raise RendezvousError(f"{error}, or raise {flag}") from error
 
 
 def _open(address: str, port: int, is_store_host: bool, deadline: float) -> Store:
@@ -93,14 +93,7 @@ def _open(address: str, port: int, is_store_host: bool, deadline: float) -> Stor
     return opened[0]
 
 
-def _host(
-    shared: Store,
-    launch: Launch,
-    where: str,
-    deadline: float,
-    flag: str,
-    notify: Callable[[str], None],
-) -> Store:
+def _host(shared: Store, launch: Launch, deadline: float, notify: Callable[[str], None]) -> Store:
     """Open a generation as rank 0, wait for every rank's token, and confirm the tokens."""
     generation, world_size = uuid.uuid4().hex, launch.world_size
     generation_store = PrefixStore(generation, shared)
@@ -114,22 +107,15 @@ def _host(
         if ranks and until < deadline:
             notify(_waiting_for(ranks, launch))
     if ranks:
-        raise RendezvousError(
+        raise TimeoutError(
             f"{format_ranks(ranks)} of {world_size} did not reach the rendezvous endpoint "
-            f"{where} in time; see their output ({launch.missing_ranks_hint}), or raise {flag}"
+            f"{launch.endpoint} in time; see their output ({launch.missing_ranks_hint})"
         )
     mailbox.publish("confirmed", tokens)
     return generation_store
 
 
-def _join(
-    shared: Store,
-    launch: Launch,
-    where: str,
-    deadline: float,
-    flag: str,
-    notify: Callable[[str], None],
-) -> Store:
+def _join(shared: Store, launch: Launch, deadline: float, notify: Callable[[str], None]) -> Store:
     """Leave a token in the current generation as another rank, until rank 0 confirms it.
 
     The current generation may briefly be a dead one, in which another process's token was
@@ -151,9 +137,9 @@ def _join(
             notify(_waiting_for([0], launch))
             notice = deadline
         time.sleep(_POLL_S)
-    raise RendezvousError(
-        f"rank {rank}: rank 0 did not open the rendezvous at {where} in time; see its output, "
-        f"or raise {flag}"
+    raise TimeoutError(
+        f"rank {rank}: rank 0 did not open the rendezvous at {launch.endpoint} in time; see its "
+        "output"
     )
 
 
@@ -175,12 +161,6 @@ def connect_ranks(
 
     It runs in a thread, since a backend may wait far longer than it should for a peer that failed,
     or for addresses that lead nowhere.
-
-    Args:
-        connect: called on every rank.
-        launch: this process's rank and world size.
-        store: what the ranks share.
-        timeout: seconds until this gives up.
 
     Raises:
         NodeError: on all ranks, if `connect` raised a UserError on one; the text names the rank.

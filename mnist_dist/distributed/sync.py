@@ -5,12 +5,10 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from mnist_dist.distributed.launch_queue import LaunchQueue
-from mnist_dist.distributed.world import World, as_bytes, as_numbers
+from mnist_dist.distributed.world import World
 from mnist_dist.errors import print_line
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -19,7 +17,6 @@ _SAME_REQUEST_S = 2.0
 # Seconds between two syncs, and so until a stop is noticed. A sync costs a few ms, none at W = 1.
 _PERIOD_S = 1.0
 _PERIOD_SINGLE_S = 0.1
-_HEADER_BYTES = 5 * 8
 # How long a rank that was asked to stop still waits for its GPU: launchers kill 30 s later.
 _GRACE_S = 5.0
 # How long one that was asked to stop still waits for its first step, to save it.
@@ -82,13 +79,11 @@ class SyncResult:
     """Name of the signal that requested a stop, None to continue."""
     save: bool
     """A checkpoint is due by the clock."""
-    bad_rank: int | None
-    """The rank with the earliest loss that was not finite, None if all were."""
-    bad_step: int
-    """The step of that loss, 0 if there is none."""
+    bad_loss: tuple[int, int] | None
+    """Step and rank of the earliest loss that was not finite, None if all were."""
     lost_run: bool
     """Rank 0 may no longer write into the run's directory."""
-    payloads: list[Tensor]
+    payloads: list[Any]
     """Each rank's payload, in rank order."""
 
 
@@ -142,7 +137,7 @@ class RankSync:
         """
         self._queue.add()
 
-    def wait_for_device(self) -> None:
+    def wait_for_gpu(self) -> None:
         """Wait until the GPU has taken all steps. Call this before reading anything from it.
 
         Raises:
@@ -161,17 +156,13 @@ class RankSync:
             raise ConnectionError(f"Timed out after {seconds:.0f} s waiting for the GPU")
 
     def exchange(
-        self,
-        *,
-        bad_step: int | None = None,
-        payload: Tensor | None = None,
-        lost_run: bool = False,
+        self, *, bad_step: int | None = None, payload: Any = None, lost_run: bool = False
     ) -> SyncResult:
         """Exchange flags between all ranks; every rank must call this after the same step.
 
         Args:
             bad_step: the first step at which this rank's loss was not finite, None if all were.
-            payload: (n,) uint8, the same length on every rank, to travel in the same collective.
+            payload: picklable, to travel with the flags.
             lost_run: this rank may no longer write into the run's directory.
         """
         self._stop.is_starting = False
@@ -179,26 +170,20 @@ class RankSync:
         timer = self._save_every_seconds
         save_due = timer is not None and now - self._saved >= timer
         step_seconds = (now - self._synced) / max(1, self._steps)
-        bad = float("inf") if bad_step is None else float(bad_step)
-        flags = [float(self._stop.signal), step_seconds, float(save_due), float(lost_run), bad]
-        message = as_bytes(flags)
-        if payload is not None:
-            message = torch.cat([message, payload])
-        messages = self._world.gather_tensors(message)
-        headers = [as_numbers(m[:_HEADER_BYTES]) for m in messages]
-        stop, slowest, save, lost, _ = (max(column) for column in zip(*headers, strict=True))
+        message = (self._stop.signal, step_seconds, save_due, bad_step, lost_run, payload)
+        stops, seconds, saves, bad_steps, losts, payloads = zip(
+            *self._world.gather(message), strict=True
+        )
         period = _PERIOD_S if self._world.world_size > 1 else _PERIOD_SINGLE_S
-        self._steps_until_next = max(1, min(round(period / max(slowest, 1e-6)), 100_000))
+        self._steps_until_next = max(1, min(round(period / max(*seconds, 1e-6)), 100_000))
         self._steps, self._synced = 0, now
-        bad_steps = [header[4] for header in headers]
-        first = min(bad_steps)
+        bad_losses = [(step, rank) for rank, step in enumerate(bad_steps) if step is not None]
         return SyncResult(
-            stop=signal.Signals(int(stop)).name if stop else None,
-            save=bool(save),
-            bad_rank=bad_steps.index(first) if first < float("inf") else None,
-            bad_step=int(first) if first < float("inf") else 0,
-            lost_run=bool(lost),
-            payloads=[m[_HEADER_BYTES:] for m in messages],
+            stop=signal.Signals(max(stops)).name if any(stops) else None,
+            save=any(saves),
+            bad_loss=min(bad_losses, default=None),
+            lost_run=any(losts),
+            payloads=list(payloads),
         )
 
     def mark_saved(self) -> None:

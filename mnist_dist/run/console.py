@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -60,68 +60,36 @@ class Console:
                 tqdm.write(line, file=stream)
                 stream.flush()
 
-    @contextlib.contextmanager
-    def progress(
-        self, length: "RunLength", wait_for_device: Callable[[], None] = lambda: None
-    ) -> Iterator["Progress"]:
-        """Show progress until the end of the block; waits before it reads a loss."""
-        progress = Progress(self, length, wait_for_device)
-        try:
-            yield progress
-        finally:
-            progress.close()
-
-
-class RunLength:
-    """How long a run is, and how fast it has gone since it was started here."""
-
-    def __init__(self, epochs: int, sharding: Sharding, done: int) -> None:
-        """Describe a run of `epochs` that starts after `done` steps."""
-        self.epochs = epochs
-        self.steps_per_epoch = sharding.steps_per_epoch
-        self.steps = epochs * self.steps_per_epoch
-        self.done = done
-        self._sharding = sharding
-        self._started = time.monotonic()
-
-    def local_samples(self, steps: int) -> int:
-        """Return this rank's samples in the first `steps` steps of the run."""
-        epochs, batch = divmod(steps, self.steps_per_epoch)
-        in_epoch: int = self._sharding.local_slice(batch).start
-        return epochs * self._sharding.local_samples + in_epoch
-
-    def name(self, epoch: int) -> str:
-        """Return "epoch 3/25" for the third of 25 epochs."""
-        return f"epoch {epoch:{len(str(self.epochs))}}/{self.epochs}"
-
-    def speed(self, step: int) -> float:
-        """Return samples per second up to `step`, validation and checkpoints included."""
-        samples = (step - self.done) * self._sharding.samples / self.steps_per_epoch
-        return samples / self._seconds()
-
-    def left(self, step: int) -> str:
-        """Return the estimated time left after `step`, after the last step the total time."""
-        if step >= self.steps:
-            return f"{tqdm.format_interval(self._seconds())} total"
-        seconds = self._seconds() * (self.steps - step) / max(1, step - self.done)
-        return f"{tqdm.format_interval(seconds)} left"
-
-    def _seconds(self) -> float:
-        return max(time.monotonic() - self._started, 1e-6)
-
 
 class Progress:
     """Shows progress as one line at the bottom of a terminal, elsewhere as a line now and then.
 
-    Between two updates it costs one comparison per step, and never a collective.
+    Between two updates it costs one comparison per step, and never a collective. Shown until the
+    end of its `with` block.
     """
 
     def __init__(
-        self, console: Console, length: RunLength, wait_for_device: Callable[[], None]
+        self,
+        console: Console,
+        epochs: int,
+        sharding: Sharding,
+        done: int,
+        wait_for_gpu: Callable[[], None] = lambda: None,
     ) -> None:
-        self._wait_for_device = wait_for_device
+        """Start to show a run of `epochs`.
+
+        Args:
+            console: prints the lines.
+            epochs: number of epochs of the whole run.
+            sharding: this rank's local batches.
+            done: steps taken by earlier starts.
+            wait_for_gpu: called before a loss is read.
+        """
+        self._wait_for_gpu = wait_for_gpu
         self._console = console
-        self._length = length
+        self._epochs, self._sharding = epochs, sharding
+        self._steps, self._done = epochs * sharding.steps_per_epoch, done
+        self._started = time.monotonic()
         self._losses: deque[Tensor] = deque(maxlen=_SHOWN_LOSSES)
         self._bar: tqdm[object] | None = None
         self._next = float("inf")
@@ -130,9 +98,23 @@ class Progress:
             self._every = _DRAW_EVERY_S if interactive else _LINE_EVERY_S
             self._next = time.monotonic() + self._every
             if interactive:
-                self._bar = _bar(length)
+                self._bar = tqdm(
+                    total=self._steps,
+                    initial=done,
+                    leave=False,
+                    dynamic_ncols=True,
+                    bar_format="{desc} {percentage:3.0f}% {bar:20}",
+                )
 
-    def step(self, step: int, loss_sum: Tensor) -> None:
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.close()
+
+    def update(self, step: int, loss_sum: Tensor) -> None:
         """Record optimizer steps up to `step` of the run.
 
         Args:
@@ -152,16 +134,17 @@ class Progress:
             self._next = last_line + self._every
             return
         self._next = now + self._every
-        length = self._length
-        self._wait_for_device()
+        self._wait_for_gpu()
         losses = torch.hstack(list(self._losses))[-_SHOWN_LOSSES:]
-        samples = length.local_samples(step) - length.local_samples(step - len(losses))
+        samples = self._local_samples(step) - self._local_samples(step - len(losses))
         loss = losses.sum().item() / max(1, samples)
+        # Validation and checkpoints included.
+        done = (step - self._done) * self._sharding.samples / self._sharding.steps_per_epoch
         text = (
-            f"step {step:,}/{length.steps:,}  loss {loss:.4f}  "
-            f"{length.speed(step):,.0f} samples/s  {length.left(step)}"
+            f"step {step:,}/{self._steps:,}  loss {loss:.4f}  "
+            f"{done / self._seconds():,.0f} samples/s  {self._time_left(step)}"
         )
-        name = length.name(min((step - 1) // length.steps_per_epoch + 1, length.epochs))
+        name = self._name(min((step - 1) // self._sharding.steps_per_epoch + 1, self._epochs))
         if self._bar is None:
             self._console.print(f"  in {name}  {text}")
         else:
@@ -175,26 +158,29 @@ class Progress:
         shown = "" if speed is None else f"{speed:,.0f} samples/s  "
         validation = f"{metrics['val/loss']:.4f}, {metrics['val/accuracy']:6.2%}"
         self._console.print(
-            f"{self._length.name(epoch)}  step {step:,}  train loss {metrics['train/loss']:.4f}  "
+            f"{self._name(epoch)}  step {step:,}  train loss {metrics['train/loss']:.4f}  "
             f"val loss {style(validation, 'good') if best else validation}  "
-            f"{shown}{self._length.left(step)}"
+            f"{shown}{self._time_left(step)}"
         )
 
-    def close(self) -> None:
-        """Remove the progress line from the terminal."""
-        if self._bar is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._bar.close()
+    def _local_samples(self, steps: int) -> int:
+        """Return this rank's samples in the first `steps` steps of the run."""
+        epochs, batch = divmod(steps, self._sharding.steps_per_epoch)
+        in_epoch: int = self._sharding.local_slice(batch).start
+        return epochs * self._sharding.local_samples + in_epoch
 
+    def _name(self, epoch: int) -> str:
+        return f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs}"
 
-def _bar(length: RunLength) -> "tqdm[object]":
-    return tqdm(
-        total=length.steps,
-        initial=length.done,
-        leave=False,
-        dynamic_ncols=True,
-        bar_format="{desc} {percentage:3.0f}% {bar:20}",
-    )
+    def _time_left(self, step: int) -> str:
+        """Return the estimated time left after `step`, after the last step the total time."""
+        if step >= self._steps:
+            return f"{tqdm.format_interval(self._seconds())} total"
+        seconds = self._seconds() * (self._steps - step) / max(1, step - self._done)
+        return f"{tqdm.format_interval(seconds)} left"
+
+    def _seconds(self) -> float:
+        return max(time.monotonic() - self._started, 1e-6)
 
 
 def style(text: str, name: str, stream: TextIO | None = None) -> str:

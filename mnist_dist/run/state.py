@@ -3,46 +3,34 @@
 import hashlib
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mnist_dist.distributed.world import World, as_bytes, as_numbers
+from mnist_dist.distributed.world import World
 from mnist_dist.errors import JobError, UserError
 from mnist_dist.model import state_dict_mismatch
 
 FORMAT = 1
+NOT_FINITE_REMEDY = (
+    "nothing was saved after it: check the data, or lower --lr and start in another --run-dir"
+)
 _COUNTS = ("epoch", "batch", "step", "best_epoch")
-_DIGEST = 32  # bytes of a SHA-256
-_CPU_RANDOM_STATE = len(torch.get_rng_state())  # bytes
 
 
-@dataclass(frozen=True)
-class _Ranks:
+class _LocalState(NamedTuple):
     """What differs between ranks after optimizer step `step`."""
 
     step: int
-    contents: list[Tensor]
-    """Each rank's `TrainState._local_bytes`, in rank order."""
-
-    @property
-    def loss_sums(self) -> list[float]:
-        """Each rank's summed loss over the steps of the epoch."""
-        return [as_numbers(content[:8])[0] for content in self.contents]
-
-    @property
-    def random_states(self) -> list[Tensor]:
-        """Each rank's state for torch.set_rng_state."""
-        return [content[8 : 8 + _CPU_RANDOM_STATE].clone() for content in self.contents]
-
-    @property
-    def cuda_random_states(self) -> list[Tensor]:
-        """Each rank's state for torch.cuda.set_rng_state; none on CPUs."""
-        states = [content[8 + _CPU_RANDOM_STATE :].clone() for content in self.contents]
-        return [state for state in states if len(state)]
+    loss_sum: float
+    """Over the steps of the epoch."""
+    rng: Tensor
+    """For torch.set_rng_state."""
+    cuda_rng: Tensor | None
+    """For torch.cuda.set_rng_state; None on CPUs."""
 
 
 @dataclass
@@ -68,8 +56,8 @@ class TrainState:
     """This rank's summed loss over the drained steps of the current epoch."""
     _losses: list[Tensor] = field(default_factory=list)
     """Losses of one or several steps, still on the device: reading one waits for the device."""
-    _ranks: _Ranks | None = None
-    """The values last exchanged between all ranks."""
+    _ranks: list[_LocalState] = field(default_factory=list)
+    """The states last exchanged between all ranks, in rank order."""
 
     @property
     def lr(self) -> float:
@@ -77,21 +65,11 @@ class TrainState:
         rate: float = self.optimizer.param_groups[0]["lr"]
         return rate
 
-    def count_step(self, loss_sum: Tensor) -> None:
-        """Count one optimizer step with this rank's summed loss, () float32."""
-        self.count_steps(1, loss_sum)
-        self.step_schedule()
-
-    def count_steps(self, steps: int, loss_sums: Tensor) -> None:
-        """Count optimizer steps with this rank's losses; `step_schedule` gave their rates.
-
-        Args:
-            steps: how many.
-            loss_sums: summed over the samples of each step: () float32 of one, or (steps,).
-        """
+    def count_steps(self, loss_sums: Tensor) -> None:
+        """Count optimizer steps with this rank's summed losses: () float32 of one, or (steps,)."""
         self._losses.append(loss_sums)
-        self.batch += steps
-        self.step += steps
+        self.batch += loss_sums.numel()
+        self.step += loss_sums.numel()
 
     def step_schedule(self) -> float:
         """Step the schedule; return the learning rate that the step before it has."""
@@ -149,8 +127,8 @@ class TrainState:
 
     def _not_finite(self, what: str) -> JobError:
         return JobError(
-            f"{what} after step {self.step} (epoch {self.epoch + 1}) is not finite; nothing was "
-            "saved after it: check the data, or lower --lr and start in another --run-dir"
+            f"{what} after step {self.step} (epoch {self.epoch + 1}) is not finite; "
+            f"{NOT_FINITE_REMEDY}"
         )
 
     def weights_digest(self) -> str:
@@ -160,30 +138,26 @@ class TrainState:
             digest.update(tensor.detach().cpu().contiguous().numpy().reshape(-1).data)
         return digest.hexdigest()
 
-    def local_payload(self, world: World) -> Tensor:
-        """Return what the ranks exchange after an epoch's steps, for `merge_payloads`: uint8."""
-        digest = bytes.fromhex(self.weights_digest()) if world.world_size > 1 else bytes(_DIGEST)
-        return torch.cat([torch.tensor(list(digest), dtype=torch.uint8), self._local_bytes()])
+    def local_payload(self, world: World) -> tuple[str, _LocalState]:
+        """Return what the ranks exchange after an epoch's steps, for `merge_payloads`."""
+        return self.weights_digest() if world.world_size > 1 else "", self._local_state()
 
-    def merge_payloads(self, payloads: list[Tensor]) -> tuple[float, list[int]]:
+    def merge_payloads(self, payloads: list[tuple[str, _LocalState]]) -> tuple[float, list[int]]:
         """Take in the `local_payload` of all ranks, in rank order.
 
         Returns:
             The epoch's summed loss over all ranks; and the diverged ranks: those with weights
             that differ in any bit from the majority's.
         """
-        digests = [payload[:_DIGEST].tolist() for payload in payloads]
+        digests = [digest for digest, _ in payloads]
         common = max(digests, key=digests.count)
         diverged = [rank for rank, digest in enumerate(digests) if digest != common]
-        self._ranks = _Ranks(self.step, [payload[_DIGEST:] for payload in payloads])
-        return sum(self._ranks.loss_sums), diverged
+        self._ranks = [state for _, state in payloads]
+        return sum(state.loss_sum for state in self._ranks), diverged
 
-    def _local_bytes(self) -> Tensor:
-        """Return what differs between ranks, as bytes for `_Ranks`."""
-        content = [as_bytes([self.loss_sum]), torch.get_rng_state()]
-        if self._is_on_gpu:
-            content.append(torch.cuda.get_rng_state())
-        return torch.cat(content)
+    def _local_state(self) -> _LocalState:
+        cuda_rng = torch.cuda.get_rng_state() if self._is_on_gpu else None
+        return _LocalState(self.step, self.loss_sum, torch.get_rng_state(), cuda_rng)
 
     @property
     def _is_on_gpu(self) -> bool:
@@ -196,9 +170,9 @@ class TrainState:
         loss, is listed in rank order, so that a resume at the same world size is bitwise. After
         `merge_payloads` it is known; otherwise it is gathered here.
         """
-        if self._ranks is None or self._ranks.step != self.step:
-            self._ranks = _Ranks(self.step, world.gather_tensors(self._local_bytes()))
-        ranks = self._ranks
+        if not self._ranks or self._ranks[0].step != self.step:
+            self._ranks = world.gather(self._local_state())
+        loss_sums = [rank.loss_sum if self.batch else 0.0 for rank in self._ranks]
         return {
             "format": FORMAT,
             "model": self.model.state_dict(),
@@ -210,9 +184,9 @@ class TrainState:
             "step": self.step,
             "best_loss": self.best_loss,
             "best_epoch": self.best_epoch,
-            "rng": ranks.random_states,
-            "cuda_rng": ranks.cuda_random_states,
-            "loss_sums": ranks.loss_sums if self.batch else [0.0] * world.world_size,
+            "rng": [rank.rng for rank in self._ranks],
+            "cuda_rng": [rank.cuda_rng for rank in self._ranks if rank.cuda_rng is not None],
+            "loss_sums": loss_sums,
         }
 
     def find_fault(self, saved: Any) -> str | None:

@@ -9,7 +9,7 @@ from processes import run_ranks
 
 from mnist_dist.data import Split
 from mnist_dist.distributed.launcher import read_launch
-from mnist_dist.distributed.world import init_distributed
+from mnist_dist.distributed.process_group import init_distributed
 from mnist_dist.evaluation import Evaluation, evaluate
 from mnist_dist.model import MLP, pixels
 

@@ -13,8 +13,8 @@ from processes import completed_run, hosts_of, metrics, run_job, run_ranks
 from benchmarks.faults import KILLED_IN_SUM
 from benchmarks.live_job import LiveJob
 from mnist_dist.distributed.launcher import read_launch
+from mnist_dist.distributed.process_group import init_distributed
 from mnist_dist.distributed.shared_memory import SharedMemoryAllReduce
-from mnist_dist.distributed.world import init_distributed
 
 SIZES = [1, 7, 64, 1000, 136_074]
 

@@ -11,7 +11,8 @@ from processes import free_port, run_job, run_ranks, torchrun_environment
 
 from mnist_dist.distributed.devices import pick_device
 from mnist_dist.distributed.launcher import Launch, read_launch
-from mnist_dist.distributed.world import World, init_distributed
+from mnist_dist.distributed.process_group import init_distributed
+from mnist_dist.distributed.world import World
 from mnist_dist.errors import UserError
 
 

@@ -9,7 +9,7 @@ from processes import run_job
 
 import train_ddp
 from mnist_dist.distributed.launcher import read_launch
-from mnist_dist.distributed.world import init_distributed
+from mnist_dist.distributed.process_group import init_distributed
 from mnist_dist.fast import ManualStep
 from mnist_dist.fast.manual_backward import ManualBackward
 from mnist_dist.model import MLP

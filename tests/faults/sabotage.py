@@ -73,28 +73,28 @@ def other_weights(_: list[str]) -> None:
 
 def flipped_weight(_: list[str]) -> None:
     """A bit of a weight changes in the middle of an epoch, as by bad memory."""
-    original = TrainState.count_step
+    original = TrainState.count_steps
 
-    def count_step(self: TrainState, loss_sum: torch.Tensor) -> None:
-        original(self, loss_sum)
+    def count_steps(self: TrainState, loss_sums: torch.Tensor) -> None:
+        original(self, loss_sums)
         if self.step == _AT_BATCH:
             with torch.no_grad():
                 next(iter(self.model.parameters()))[0, 0] += 2**-20
 
-    TrainState.count_step = count_step  # type: ignore[method-assign]
+    TrainState.count_steps = count_steps  # type: ignore[method-assign]
 
 
 def infinite_bias(_: list[str]) -> None:
     """A unit that is always off after step 6: no loss shows it."""
-    original = TrainState.count_step
+    original = TrainState.count_steps
 
-    def count_step(self: TrainState, loss_sum: torch.Tensor) -> None:
-        original(self, loss_sum)
+    def count_steps(self: TrainState, loss_sums: torch.Tensor) -> None:
+        original(self, loss_sums)
         if self.step == 6:
             with torch.no_grad():
                 self.model.get_parameter("hidden1.bias")[0] = -math.inf
 
-    TrainState.count_step = count_step  # type: ignore[method-assign]
+    TrainState.count_steps = count_steps  # type: ignore[method-assign]
 
 
 def other_flag(flags: list[str]) -> None:

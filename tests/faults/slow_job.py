@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train_ddp
-from mnist_dist.steps import build_stepper
+from mnist_dist.steps import prepare_steps
 
 _train_step = train_ddp.train_step
 
@@ -27,10 +27,10 @@ def slowly(*arguments: Any) -> torch.Tensor:
 
 def late(*arguments: Any) -> Any:
     time.sleep(float(os.environ.get("SLOW_START", "0")))
-    return build_stepper(*arguments)
+    return prepare_steps(*arguments)
 
 
 if __name__ == "__main__":
     train_ddp.train_step = slowly  # type: ignore[assignment]
-    train_ddp.build_stepper = late  # type: ignore[assignment, attr-defined]
+    train_ddp.prepare_steps = late  # type: ignore[assignment, attr-defined]
     train_ddp.run()

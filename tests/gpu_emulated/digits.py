@@ -30,7 +30,7 @@ class DropoutMLP(MLP):
 
 
 def wrap_ddp(model: nn.Module, world: World) -> nn.Module:
-    """As train_ddp.py and `build_stepper` wrap it."""
+    """As train_ddp.py and `prepare_steps` wrap it."""
     if world.world_size == 1:
         return model
     keep_compiler_out_of_ddp()

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from processes import run_ranks
 
-from mnist_dist.distributed import world
+from mnist_dist.distributed import process_group
 from mnist_dist.distributed.launcher import read_launch
-from mnist_dist.distributed.world import World, init_distributed
+from mnist_dist.distributed.process_group import init_distributed
+from mnist_dist.distributed.world import World
 from mnist_dist.errors import ReportedError
 
 GPU = torch.device("cuda", 0)
@@ -29,7 +30,7 @@ def connect(uuids: list[str], nccl_error: str) -> str:
 
         World.all_reduce_sum = all_reduce_sum  # type: ignore[method-assign]
         try:
-            world._connect_gpus(World(cpus.launch, cpus.device, "nccl", cpus.failures))
+            process_group._connect_gpus(World(cpus.launch, cpus.device, "nccl", cpus.failures))
         except ReportedError as error:
             return f"{type(error).__name__} {error.exit_code}: {error}"
     return "connected"
@@ -73,7 +74,7 @@ def group_options() -> tuple[str, str | None]:
         "pick_device": lambda *_: GPU,
     }
     for name, stand_in in stand_ins.items():
-        setattr(world, name, stand_in)
+        setattr(process_group, name, stand_in)
     setattr(dist, "init_process_group", init_with_gloo)  # noqa: B010
     with init_distributed(read_launch(), "cuda", "auto") as ranks:
         ranks.barrier()

@@ -18,7 +18,8 @@ from torch.utils.data import DistributedSampler
 import train_ddp
 from mnist_dist.cuda_graphs import GraphSteps
 from mnist_dist.distributed.launcher import read_launch
-from mnist_dist.distributed.world import World, init_distributed
+from mnist_dist.distributed.process_group import init_distributed
+from mnist_dist.distributed.world import World
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import Schedule, build_optimizer
 from mnist_dist.run.state import TrainState
@@ -112,7 +113,7 @@ class Run:
                 count = min(left, calls[len(saved) % len(calls)])
                 losses = self.graphs.take([self.step_scheduler() for _ in range(count)])
                 self.losses.append(losses.clone())
-                self.state.count_steps(len(losses), losses)
+                self.state.count_steps(losses)
                 self.state.drain_losses()
                 saved.append(copy.deepcopy(self.state.state_dict(self.world)))
             self.state.finish_epoch(0.0)

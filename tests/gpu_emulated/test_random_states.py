@@ -8,7 +8,8 @@ import torch
 from processes import run_ranks
 
 from mnist_dist.distributed.launcher import Launch, read_launch
-from mnist_dist.distributed.world import World, init_distributed
+from mnist_dist.distributed.process_group import init_distributed
+from mnist_dist.distributed.world import World
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import build_optimizer
 from mnist_dist.run.state import TrainState
@@ -97,7 +98,7 @@ def test_the_sum_and_the_cpus_state_are_read_back_beside_a_gpus(
     FakeGpuGenerator(monkeypatch.setattr, 7)
     world = World(Launch("none"), CPU, "none")
     state = new_state()
-    state.count_step(torch.tensor(2.5))
+    state.count_steps(torch.tensor(2.5))
     state.drain_losses()
     saved = state.state_dict(world)
     assert saved["loss_sums"] == [2.5]

@@ -7,7 +7,7 @@ import torch
 
 from mnist_dist.model import MLP
 from mnist_dist.run import console
-from mnist_dist.run.console import Console, EpochTimer, RunLength
+from mnist_dist.run.console import Console, EpochTimer, Progress
 from mnist_dist.sampling import Sharding
 
 
@@ -24,7 +24,7 @@ def test_an_epoch_without_a_speed_is_printed_without_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     metrics = {"train/loss": 0.5, "val/loss": 0.4, "val/accuracy": 0.9}
-    with Console(enabled=True).progress(RunLength(2, Sharding(50, 8, 0, 1), done=7)) as progress:
+    with Progress(Console(enabled=True), 2, Sharding(50, 8, 0, 1), done=7) as progress:
         progress.epoch(1, 7, metrics, best=False)
     printed = capsys.readouterr().out
     assert "epoch 1/2  step 7  train loss 0.5000  val loss 0.4000, 90.00%  " in printed
@@ -39,8 +39,8 @@ def test_progress_shows_the_mean_loss_however_unequal_the_local_batches_are(
     monkeypatch.setattr(console, "_LINE_EVERY_S", 0.0)
     sharding = Sharding(50, 4, 0, 3)
     samples = [2, 1, 1, 2, 1, 1, 2, 1, 1, 2, 1, 1, 1]
-    with Console(enabled=True).progress(RunLength(2, sharding, done=first)) as progress:
+    with Progress(Console(enabled=True), 2, sharding, done=first) as progress:
         for step, count in enumerate(samples, start=first + 1):
-            progress.step(step, torch.tensor(2.5 * count))
+            progress.update(step, torch.tensor(2.5 * count))
     shown = re.findall(r"loss (\S+)", capsys.readouterr().out)
     assert shown == ["2.5000"] * len(samples)

@@ -29,7 +29,7 @@ def saved() -> dict[str, Any]:
     state = new_state()
     state.model(torch.rand(4, 784)).sum().backward()
     state.optimizer.step()
-    state.count_step(torch.tensor(1.0))
+    state.count_steps(torch.tensor(1.0))
     state.drain_losses()
     return state.state_dict(WORLD)
 
@@ -54,7 +54,7 @@ def test_a_state_of_another_optimizer_is_taken(groups: int) -> None:
     state = adam()
     state.model(torch.rand(4, 784)).sum().backward()
     state.optimizer.step()
-    state.count_step(torch.tensor(1.0))
+    state.count_steps(torch.tensor(1.0))
     state.drain_losses()
     saved, again = state.state_dict(WORLD), adam()
     assert again.find_fault(saved) is None

@@ -23,9 +23,10 @@ from mnist_dist.commands.doctor.formatting import by_node, describe_ranks, name_
 from mnist_dist.commands.doctor.tcp_check import connect_to_all, listen
 from mnist_dist.distributed.failures import brief, is_comm_error
 from mnist_dist.distributed.launcher import Launch
+from mnist_dist.distributed.process_group import init_process_group
 from mnist_dist.distributed.rendezvous import rendezvous
 from mnist_dist.distributed.store import StoreMailbox
-from mnist_dist.distributed.world import World, init_process_group
+from mnist_dist.distributed.world import World
 from mnist_dist.errors import RendezvousError, ReportedError, counted
 
 Payloads = list[Any]
