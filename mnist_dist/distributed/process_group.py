@@ -63,6 +63,8 @@ def init_distributed(
     chosen, name, fault = _pick(launch, device, backend)
     set_threads(launch)
     if launch.world_size == 1:
+        if fault:
+            raise fault
         yield World(launch, chosen, "none")
         return
     use_batch_scheduling()
@@ -91,13 +93,16 @@ def init_distributed(
 def _pick(
     launch: Launch, device: str, backend: str
 ) -> tuple[torch.device, Backend, UserError | None]:
-    """Return device and backend, and why they cannot be used; raised at once without peers."""
+    """Return device and backend, and why they cannot be used, which peers must learn first."""
+
+    def warn(line: str) -> None:
+        if launch.rank == 0:
+            print_line(f"warning: {line}")
+
     try:
-        chosen = pick_device(launch, device, _warn if launch.rank == 0 else lambda line: None)
+        chosen = pick_device(launch, device, warn)
         return chosen, pick_backend(launch, chosen, device, backend), None
     except UserError as error:
-        if launch.world_size == 1:
-            raise
         return torch.device("cpu"), "gloo", error
 
 
@@ -144,8 +149,8 @@ def init_process_group(
         device: of this process.
         backend: for what is on `device`.
         store: from `rendezvous`.
-        timeout: seconds for each collective.
-        connect_timeout: seconds for the group to form; `timeout` by default.
+        timeout: seconds for each collective, and for the group to form without `connect_timeout`.
+        connect_timeout: seconds for the group to form.
         fault: why this rank cannot take part.
 
     Raises:
@@ -159,7 +164,12 @@ def init_process_group(
     def connect() -> None:
         if fault:
             raise fault
-        _choose_interface(launch)
+        interface = gloo_interface(launch.spans_nodes, launch.master_addr or "")
+        if interface.error:
+            remedy = interface_remedy(interfaces(), launch.spans_nodes)
+            raise UserError(f"{interface.error}; {remedy}")
+        if interface.name:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface.name
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
             store=PrefixStore("group", store),
@@ -203,23 +213,6 @@ def _connect_gpus(world: World) -> None:
             ) from error
 
     world.run_on_all(connect)
-
-
-def _choose_interface(launch: Launch) -> None:
-    """Let gloo use the interface that leads to the first node, unless the user chose one.
-
-    Raises:
-        UserError: the user's is not there, or reaches no other node.
-    """
-    interface = gloo_interface(launch.spans_nodes, launch.master_addr or "")
-    if interface.error:
-        raise UserError(f"{interface.error}; {interface_remedy(interfaces(), launch.spans_nodes)}")
-    if interface.name:
-        os.environ["GLOO_SOCKET_IFNAME"] = interface.name
-
-
-def _warn(line: str) -> None:
-    print_line(f"warning: {line}")
 
 
 def _explain(error: Exception, world: World) -> None:

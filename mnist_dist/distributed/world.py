@@ -1,9 +1,9 @@
 """This process's place among the ranks of a run, and the few collectives they use."""
 
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,21 +15,6 @@ from mnist_dist.errors import ReportedError, UserError
 from mnist_dist.torch_internals import set_group_timeout
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Outcome(Generic[T]):
-    """The value of an action on one rank, or the error that every rank must raise."""
-
-    value: T | None = None
-    error: ReportedError | None = None
-
-
-def _run(action: Callable[[], T]) -> _Outcome[T]:
-    try:
-        return _Outcome(value=action())
-    except ReportedError as error:
-        return _Outcome(error=error.with_message(str(error)))
 
 
 @dataclass(frozen=True)
@@ -104,9 +89,10 @@ class World:
         Raises:
             ReportedError: on all ranks, if `action` raised one on any.
         """
-        outcome = _run(action)
-        self._values(self.gather(_Outcome[T](error=outcome.error)))  # values may be large
-        return outcome.value  # type: ignore[return-value]
+        outcome = _try(action)
+        failed = isinstance(outcome, ReportedError)
+        _raise_first(self.gather(outcome if failed else None))  # values may be large
+        return outcome
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 only and return its picklable value on every rank.
@@ -114,10 +100,9 @@ class World:
         Raises:
             ReportedError: on all ranks, if `action` raised one.
         """
-        outcome = [_run(action) if self.is_main_process else _Outcome[T]()]
-        if self.world_size > 1:
-            dist.broadcast_object_list(outcome, src=0)
-        return self._values(outcome)[0]
+        outcome = self.broadcast(_try(action) if self.is_main_process else None, 0)
+        _raise_first([outcome])
+        return outcome  # type: ignore[return-value]
 
     def once_per_host(self, action: Callable[[], T]) -> T:
         """Run `action` on local rank 0 of each host; its ranks return the picklable value.
@@ -126,16 +111,10 @@ class World:
             ReportedError: on all ranks, if `action` raised one on any host.
         """
         first_here = self.launch.local_rank == 0
-        outcomes = self.gather(_run(action) if first_here else _Outcome[T]())
+        outcomes = self.gather(_try(action) if first_here else None)
+        _raise_first(outcomes)
         firsts = self.gather(self.launch.node_rank if first_here else None)
-        return self._values(outcomes)[firsts.index(self.launch.node_rank)]
-
-    def _values(self, outcomes: "list[_Outcome[T]]") -> list[T]:
-        for rank, outcome in enumerate(outcomes):
-            if outcome.error is not None:
-                place = "" if rank == 0 else f"rank {rank}: "
-                raise outcome.error.with_message(f"{place}{outcome.error}")
-        return [outcome.value for outcome in outcomes]  # type: ignore[misc]
+        return outcomes[firsts.index(self.launch.node_rank)]  # type: ignore[return-value]
 
     def check_equal(self, values: Mapping[str, Any], remedy: str) -> None:
         """Check that each of `values`, plain values by name, is equal on all ranks.
@@ -168,3 +147,18 @@ class World:
         if self.world_size > 1:
             self.barrier()
             set_group_timeout(seconds)
+
+
+def _try(action: Callable[[], T]) -> T:
+    """Return the action's value, or in its place the error that every rank must raise."""
+    try:
+        return action()
+    except ReportedError as error:
+        return error.with_message(str(error))  # type: ignore[return-value]
+
+
+def _raise_first(outcomes: Sequence[Any]) -> None:
+    for rank, outcome in enumerate(outcomes):
+        if isinstance(outcome, ReportedError):
+            place = "" if rank == 0 else f"rank {rank}: "
+            raise outcome.with_message(f"{place}{outcome}")
