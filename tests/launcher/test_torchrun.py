@@ -120,10 +120,11 @@ def test_two_jobs_of_two_ranks_at_once_convert_a_cold_source_once(tmp_path: Path
     write_npz(tmp_path / "mnist.npz", digits(train=300, test=20))
     cache = tmp_path / "cache"
     flags = ["--data=mnist.npz", f"--cache-dir={cache}", "--epochs=1"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     started = time.time()
     jobs = [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT, *flags],
+            [sys.executable, *torchrun, SCRIPT, *flags],
             cwd=tmp_path,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -92,7 +92,7 @@ def write_pickle(file: Path, made: Digits, protocol: int = 5) -> Path:
 def write_bytes(file: Path, content: bytes) -> Path:
     """Write `content`, through gzip if the name ends so."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(gzip.compress(content, 1) if file.suffix == ".gz" else content)
+    file.write_bytes(gzip.compress(content, 1, mtime=0) if file.suffix == ".gz" else content)
     return file
 
 
