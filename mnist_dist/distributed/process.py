@@ -34,24 +34,25 @@ from mnist_dist.torch_internals import default_store
 _PATIENCE_S = 20.0
 
 
-def run_rank(work: Callable[[Launch], None]) -> int:
+def run_rank(work: Callable[[Launch], int | None]) -> int:
     """Run this process's part of a job and return its exit code. Bugs are raised.
 
     Args:
-        work: given the launcher's environment, parses flags, joins the process group and works.
+        work: given the launcher's environment, parses flags, joins the process group and works;
+            returns the exit code if it is not 0.
     """
     return _run_rank(work) or 0  # None after --help
 
 
 @elastic_errors.record
-def _run_rank(work: Callable[[Launch], None]) -> int:
+def _run_rank(work: Callable[[Launch], int | None]) -> int:
     launch = Launch("none")
     try:
         launch = read_launch()
         refuse_mpirun(launch)
         if launch.launcher != "none":
             exit_with_parent(launch.rank)
-        work(launch)
+        return work(launch) or 0
     except ReportedError as error:
         return exit_with_error(launch, error)
     except PeerLostError as error:
@@ -59,7 +60,6 @@ def _run_rank(work: Callable[[Launch], None]) -> int:
         hard_exit(1)
     except KeyboardInterrupt:  # before training, which handles the signal itself and saves
         hard_exit(130)
-    return 0
 
 
 def run_process(main: Callable[[], int]) -> NoReturn:

@@ -25,8 +25,7 @@ from mnist_dist.commands.doctor.checks import (
     check_versions,
 )
 from mnist_dist.commands.doctor.facts import Facts, gather_facts
-from mnist_dist.commands.doctor.findings import Finding
-from mnist_dist.commands.doctor.formatting import amount, duration, name_ranks
+from mnist_dist.commands.doctor.findings import Finding, amount, duration, name_ranks
 from mnist_dist.commands.doctor.gpus import Gpu, GpuFacts
 from mnist_dist.commands.doctor.tcp_check import Listener, connect
 from mnist_dist.distributed.failures import format_ranges

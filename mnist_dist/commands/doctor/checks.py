@@ -1,25 +1,27 @@
 """Check the ranks' facts and measurements: pure functions from them to findings."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from mnist_dist.commands.doctor import gpu_checks
-from mnist_dist.commands.doctor.findings import Finding, Level
-from mnist_dist.commands.doctor.formatting import (
+from mnist_dist.commands.doctor.findings import (
     FactsByRank,
+    Finding,
+    Level,
+    Payloads,
     amount,
     by_node,
-    difference,
     duration,
+    find_difference,
+    find_each,
+    find_errors,
     name_ranks,
+    ranks_by_value,
 )
 from mnist_dist.distributed.failures import format_ranges
 from mnist_dist.distributed.network import interface_remedy
 from mnist_dist.errors import counted
-
-Payloads = Sequence[Any]
-"""What each rank measured, in rank order."""
 
 _VERSIONS = ("mnist_dist", "torch", "cuda", "python", "numpy")
 # Different ones may change results, or how ranks communicate.
@@ -49,40 +51,37 @@ def check_versions(facts_by_rank: FactsByRank) -> list[Finding]:
     findings: list[Finding] = []
     if len({facts.code for facts in facts_by_rank.values()}) > 1:
         codes = {r: f"{f.code[:8]} in {f.code_directory}" for r, f in facts_by_rank.items()}
-        text = f"the code of mnist_dist differs: {difference(codes, facts_by_rank)}"
-        remedy = "install the same commit for every rank"
-        findings.append(Finding("versions", "problem", text, remedy))
+        what, remedy = "the code of mnist_dist", "install the same commit for every rank"
+        findings += find_difference("versions", "problem", what, codes, remedy, facts_by_rank)
     for name in _VERSIONS:
         versions = {rank: facts.environment[name] for rank, facts in facts_by_rank.items()}
-        if differing := difference(versions, facts_by_rank):
-            level: Level = "problem" if name in _MUST_BE_EQUAL else "warning"
-            remedy = f"install one version of {name} for every rank"
-            findings.append(Finding("versions", level, f"{name} differs: {differing}", remedy))
+        level: Level = "problem" if name in _MUST_BE_EQUAL else "warning"
+        remedy = f"install one version of {name} for every rank"
+        findings += find_difference("versions", level, name, versions, remedy, facts_by_rank)
     findings += gpu_checks.check_gpu_versions(facts_by_rank)
     if findings:
         return findings
     first = next(iter(facts_by_rank.values()))
-    names = [name for name in _VERSIONS if first.environment[name]]
-    versions_here = [f"{name.replace('_', '-')} {first.environment[name]}" for name in names]
-    commit = first.environment["git_commit"]
-    code = f"code {first.code[:8]}" + (f" (commit {_short(commit)})" if commit else "")
+    found = {name.replace("_", "-"): first.environment[name] for name in _VERSIONS}
+    here = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    commit, _, dirty = (first.environment["git_commit"] or "").partition("-")
+    code = f"code {first.code[:8]}"
+    code += f" (commit {commit[:8]}{f'-{dirty}' if dirty else ''})" if commit else ""
     equal = "; equal on all ranks" if len(facts_by_rank) > 1 else ""
-    return [Finding("versions", "ok", ", ".join([*versions_here, code]) + equal)]
+    return [Finding("versions", "ok", f"{here}, {code}{equal}")]
 
 
 def check_devices(facts_by_rank: FactsByRank) -> list[Finding]:
     """Require a device for every rank, all of one kind, that torch and the backend can use."""
-    findings: list[Finding] = []
-    if broken := [facts for facts in facts_by_rank.values() if facts.device_error]:
-        text = f"{name_ranks([broken[0].rank], facts_by_rank)}: {broken[0].device_error}"
-        findings.append(Finding("devices", "problem", text))
+    broken = {rank: f.device_error for rank, f in facts_by_rank.items() if f.device_error}
+    findings = find_each("devices", "problem", broken, "", facts_by_rank)
     kinds = {rank: facts.device.partition(":")[0] for rank, facts in facts_by_rank.items()}
-    if not findings and (differing := difference(kinds, facts_by_rank)):
+    if not broken:
         remedy = "check why torch sees no GPU there (nvidia-smi), or train with --device cpu"
-        findings.append(Finding("devices", "problem", f"the device differs: {differing}", remedy))
-    if warned := [facts for facts in facts_by_rank.values() if facts.device_warning]:
-        text, _, remedy = str(warned[0].device_warning).partition("; ")
-        text = f"{name_ranks((facts.rank for facts in warned), facts_by_rank)}: {text}"
+        findings = find_difference("devices", "problem", "the device", kinds, remedy, facts_by_rank)
+    if warned := {r: f.device_warning for r, f in facts_by_rank.items() if f.device_warning}:
+        text, _, remedy = warned[min(warned)].partition("; ")
+        text = f"{name_ranks(warned, facts_by_rank)}: {text}"
         findings.append(Finding("devices", "warning", text, remedy or "train with --device cpu"))
     findings += gpu_checks.check_detection(facts_by_rank)
     findings += gpu_checks.check_sharing(facts_by_rank)
@@ -102,19 +101,19 @@ def check_threads(facts_by_rank: FactsByRank) -> list[Finding]:
         numbers = {cpu for facts in ranks for cpu in facts.cpus}
         # A quota, which shows as fewer CPUs than the affinity has, is one for all ranks here.
         quotas = [facts.cpus_at_once for facts in ranks if facts.cpus_at_once < len(facts.cpus)]
-        cpus = min(len(numbers), *quotas) if quotas else len(numbers)
-        threads = sum(facts.threads for facts in ranks)
-        who = name_ranks((facts.rank for facts in ranks), facts_by_rank)
+        cpus, threads = min([len(numbers), *quotas]), sum(facts.threads for facts in ranks)
         by_quota = "a cgroup's quota on " if cpus < len(numbers) else ""
         available = f"{counted(cpus, 'CPU')} ({by_quota}{format_ranges(numbers)})"
         if cpus < len(ranks):
-            text = f"{who}: {len(ranks)} ranks share {available}"
+            text = f"{len(ranks)} ranks share {available}"
             remedy = "start fewer, or give each its own (srun --cpus-per-task=N)"
-            findings.append(Finding("threads", "warning", text, remedy))
         elif threads > cpus:
-            text = f"{who}: {threads} threads on {available}"
+            text = f"{threads} threads on {available}"
             remedy = f"unset OMP_NUM_THREADS or set it to {cpus // len(ranks)}"
-            findings.append(Finding("threads", "warning", text, remedy))
+        else:
+            continue
+        texts = dict.fromkeys((facts.rank for facts in ranks), text)
+        findings += find_each("threads", "warning", texts, remedy, facts_by_rank)
     if findings:
         return findings
     counts = sorted({facts.threads for facts in facts_by_rank.values()})
@@ -127,11 +126,11 @@ def check_host(facts_by_rank: FactsByRank) -> list[Finding]:
     findings = []
     for first, *_ in by_node(facts_by_rank):
         if first.own_name_problem:
+            text = f"torchrun would wait five minutes for this host: {first.own_name_problem}"
             remedy = (
                 "start torchrun with --local-addr=127.0.0.1 (on several hosts, with this host's "
                 "address), or add the name to /etc/hosts"
             )
-            text = f"torchrun would wait five minutes for this host: {first.own_name_problem}"
             findings.append(Finding("own name", "problem", text, remedy))
         if first.shell_as_init:
             text = (
@@ -145,14 +144,12 @@ def check_host(facts_by_rank: FactsByRank) -> list[Finding]:
 
 def check_interfaces(facts_by_rank: FactsByRank) -> list[Finding]:
     """Require that the selected interface exists and reaches the other nodes."""
-    broken = defaultdict(list)
-    for facts in facts_by_rank.values():
-        if facts.interface_error:
-            broken[facts.interface_error].append(facts)
     findings = []
-    for error, ranks in broken.items():
-        text = f"{error} ({name_ranks((facts.rank for facts in ranks), facts_by_rank)})"
-        remedy = interface_remedy(ranks[0].interfaces, ranks[0].spans_nodes)
+    errors = {rank: f.interface_error for rank, f in facts_by_rank.items() if f.interface_error}
+    for error, ranks in ranks_by_value(errors).items():
+        first = facts_by_rank[ranks[0]]
+        remedy = interface_remedy(first.interfaces, first.spans_nodes)
+        text = f"{error} ({name_ranks(ranks, facts_by_rank)})"
         findings.append(Finding("interface", "problem", text, remedy))
     if findings or len(facts_by_rank) == 1:
         return findings
@@ -163,19 +160,22 @@ def check_interfaces(facts_by_rank: FactsByRank) -> list[Finding]:
 
 def check_settings(facts_by_rank: FactsByRank) -> list[Finding]:
     """Warn if variables that configure the backends differ, or override the job's precision."""
-    findings = gpu_checks.check_tf32(facts_by_rank)
-    equal = []
+    findings, equal = gpu_checks.check_tf32(facts_by_rank), []
+    remedy = "export the same value for every rank, unless the nodes need different ones"
     for name in sorted({name for facts in facts_by_rank.values() for name in facts.settings}):
         values = {rank: facts.settings.get(name, "unset") for rank, facts in facts_by_rank.items()}
-        differing = difference(values, facts_by_rank)
-        if not differing:
+        if len(set(values.values())) == 1:
             equal.append(f"{name}={next(iter(values.values()))}")
         elif name != "CUDA_VISIBLE_DEVICES":  # some launchers give each rank its own GPU
-            remedy = "export the same value for every rank, unless the nodes need different ones"
-            findings.append(Finding("settings", "warning", f"{name} differs: {differing}", remedy))
+            findings += find_difference("settings", "warning", name, values, remedy, facts_by_rank)
     if equal and not findings:
         findings.append(Finding("settings", "ok", ", ".join(equal)))
     return findings
+
+
+def check_messages(payloads: Payloads, facts_by_rank: FactsByRank) -> list[Finding]:
+    """Check connections and clocks, from each rank's `connect_to_all`."""
+    return [*check_tcp(payloads, facts_by_rank), *check_clocks(payloads, facts_by_rank)]
 
 
 def check_tcp(payloads: Payloads, facts_by_rank: FactsByRank) -> list[Finding]:
@@ -258,20 +258,12 @@ def check_disk(payloads: Payloads, facts_by_rank: FactsByRank, run_dir: str) -> 
 
     Other nodes that cannot are a warning: after a restart rank 0 may be there.
     """
-    findings = []
-    measured = {ranks[0].rank: payloads[ranks[0].rank] for ranks in by_node(facts_by_rank)}
-    for rank, payload in measured.items():
-        level: Level = "problem" if rank == 0 else "warning"
-        directory, host = payload.get("directory", run_dir), facts_by_rank[rank].host
-        text = f"--run-dir {run_dir}: {directory} on {host}"
-        if "error" in payload:
-            text = f"{text} cannot be written ({payload['error']})"
-            findings.append(Finding("disk", level, text, "name a directory that can be written"))
-        elif payload["free_bytes"] < _MIN_FREE_BYTES:
-            text = f"{text} has {amount(payload['free_bytes'])} left"
-            findings.append(Finding("disk", level, text, "free some space or name another one"))
-        elif rank == 0:  # which writes
-            findings += _check_guarantees(payload, text)
+    firsts = [ranks[0] for ranks in by_node(facts_by_rank)]
+    findings = [
+        finding
+        for first in firsts
+        for finding in _check_disk_of(payloads[first.rank], first.rank, first.host, run_dir)
+    ]
     if findings:
         return findings
     first = payloads[0]
@@ -281,18 +273,29 @@ def check_disk(payloads: Payloads, facts_by_rank: FactsByRank, run_dir: str) -> 
         f"{where}:{kind} {amount(first['bytes_per_second'])}/s, a flush (fsync) takes "
         f"{duration(first['fsync_seconds'])}, {amount(first['free_bytes'])} free"
     )
-    figures = {facts_by_rank[rank].host: payload for rank, payload in measured.items()}
+    figures = {facts.host: payloads[facts.rank] for facts in firsts}
     return [Finding("disk", "ok", text, figures=figures)]
 
 
-def _check_guarantees(payload: dict[str, Any], text: str) -> Iterator[Finding]:
-    """Warn of what the file system of the run directory cannot do, and of the risk."""
-    if not payload["locks"]:
-        problem = "cannot lock files: two jobs in one run directory do not notice each other"
-        yield Finding("disk", "warning", f"{text} {problem}", "give each job its own --run-dir")
-    if not payload["flushes_directories"]:
-        problem = "cannot flush directories: a power loss may take the newest checkpoint"
-        yield Finding("disk", "warning", f"{text} {problem}", "prefer a local disk, ext4 or xfs")
+def _check_disk_of(
+    payload: dict[str, Any], rank: int, host: str, run_dir: str
+) -> Iterator[Finding]:
+    """Report what a node cannot do with its disk; only rank 0's, which writes, must lock files."""
+    level: Level = "problem" if rank == 0 else "warning"
+    disk = f"--run-dir {run_dir}: {payload.get('directory', run_dir)} on {host}"
+    if "error" in payload:
+        text = f"{disk} cannot be written ({payload['error']})"
+        yield Finding("disk", level, text, "name a directory that can be written")
+    elif payload["free_bytes"] < _MIN_FREE_BYTES:
+        text = f"{disk} has {amount(payload['free_bytes'])} left"
+        yield Finding("disk", level, text, "free some space or name another one")
+    elif rank == 0:
+        if not payload["locks"]:
+            risk = "cannot lock files: two jobs in one run directory do not notice each other"
+            yield Finding("disk", "warning", f"{disk} {risk}", "give each job its own --run-dir")
+        if not payload["flushes_directories"]:
+            risk = "cannot flush directories: a power loss may take the newest checkpoint"
+            yield Finding("disk", "warning", f"{disk} {risk}", "prefer a local disk, ext4 or xfs")
 
 
 def check_backend(payloads: Payloads, facts_by_rank: FactsByRank) -> list[Finding]:
@@ -325,10 +328,9 @@ def check_shared_memory(payloads: Payloads, facts_by_rank: FactsByRank) -> list[
 def _check_sums(
     check: str, where: str, payloads: Payloads, facts_by_rank: FactsByRank, remedy: str
 ) -> list[Finding]:
-    errors = {rank: each["error"] for rank, each in enumerate(payloads) if "error" in each}
-    if errors:
-        text = f"sums {where} failed on {name_ranks(errors, facts_by_rank)}: {errors[min(errors)]}"
-        return [Finding(check, "problem", text, remedy)]
+    what = f"sums {where} failed"
+    if errors := find_errors(check, what, payloads, facts_by_rank, remedy):
+        return errors
     sums_by_rank = [payload["sums"] for payload in payloads]
     wrong = [r for r, sums in enumerate(sums_by_rank) if not all(s["correct"] for s in sums)]
     if wrong:
@@ -344,8 +346,3 @@ def _check_sums(
         results.append(f"{amount(size)} in {duration(seconds)}{speed}")
     text = f"correct sums {where}: {', '.join(results)}"
     return [Finding(check, "ok", text, figures=figures)]
-
-
-def _short(commit: str) -> str:
-    name, _, dirty = commit.partition("-")
-    return name[:8] + (f"-{dirty}" if dirty else "")

@@ -18,8 +18,14 @@ from torch.distributed import HashStore, Store
 from mnist_dist.commands.doctor import allreduce_check, checks, disk, gpu_checks, gpus
 from mnist_dist.commands.doctor.config import DoctorConfig
 from mnist_dist.commands.doctor.facts import Facts, gather_facts
-from mnist_dist.commands.doctor.findings import Finding, Report
-from mnist_dist.commands.doctor.formatting import by_node, describe_ranks, name_ranks
+from mnist_dist.commands.doctor.findings import (
+    Finding,
+    Payloads,
+    Report,
+    by_node,
+    describe_ranks,
+    name_ranks,
+)
 from mnist_dist.commands.doctor.tcp_check import connect_to_all, listen
 from mnist_dist.distributed.failures import brief, is_comm_error
 from mnist_dist.distributed.launcher import Launch
@@ -29,15 +35,23 @@ from mnist_dist.distributed.store import StoreMailbox
 from mnist_dist.distributed.world import World
 from mnist_dist.errors import RendezvousError, ReportedError, counted
 
-Payloads = list[Any]
-"""What each rank measured, in rank order."""
-
 # Shares of --timeout: for the rendezvous, and for each later stage.
 _RENDEZVOUS_SHARE, _STAGE_SHARE = 0.6, 0.2
 # How long rank 0 waits for a rank that takes a little longer than a stage should.
 _SLACK_S = 1.5
 # How long a rank stays for others that may still have to print or read something.
 _LINGER_S = 2.0
+
+_FOR_ALL_REDUCE = {"devices", "gpu test", "interface", "messages"}
+# The checks without which a stage is skipped.
+_NEEDED = {
+    "messages": {"interface"},
+    "clocks": {"interface"},
+    "all-reduce": _FOR_ALL_REDUCE,
+    "shared memory": _FOR_ALL_REDUCE | {"all-reduce"},
+    "arithmetic": {"devices", "gpu test"},
+    "training": _FOR_ALL_REDUCE | {"all-reduce", "arithmetic"},
+}
 
 
 class _StopError(Exception):
@@ -56,6 +70,7 @@ class Examination:
         self._deadline = time.monotonic() + config.timeout
         self._stage = "start"
         self._mailbox: StoreMailbox
+        self._world: World
         self._facts_by_rank: dict[int, Facts] = {}
         """Of every rank on rank 0, else empty."""
         self._failed: set[str] = set()
@@ -77,7 +92,7 @@ class Examination:
 
     def _fail_alone(self, text: str) -> None:
         """Print a failure that this rank cannot report to its peers."""
-        text = f"{name_ranks([self._launch.rank], {})} on {socket.gethostname()} {text}"
+        text = f"rank {self._launch.rank} on {socket.gethostname()} {text}"
         remedy = "see the output of the other ranks, or raise --timeout"
         finding = Finding(self._stage, "problem", text, remedy)
         if self._launch.rank == 0:
@@ -98,14 +113,21 @@ class Examination:
             self._end_without_rendezvous(facts, error)
             return
         self._mailbox = StoreMailbox(store, "doctor")
+        self._mailbox.publish(f"endpoint/{self._launch.rank}", endpoint)
         try:
-            endpoints = self._check_facts(facts, endpoint)
-            self._check_tcp(endpoints)
+            self._run_stage("facts", lambda seconds: dataclasses.asdict(facts), self._check_facts)
+            if "versions" in self._failed:
+                raise _StopError("fix versions first")
+            self._check_tcp()
             self._check_disk(facts.boot)
-            self._check_gpu(device)
-            world = self._check_all_reduce(store, device, facts)
+            self._run_stage(
+                "gpu test",
+                lambda seconds: gpus.self_test(device) if device.type == "cuda" else {},
+                gpu_checks.check_self_test,
+            )
+            self._check_all_reduce(store, device, facts)
             if self._config.train:
-                self._check_training(device, world)
+                self._check_training(device)
         except _StopError as first:
             self._report.add(Finding("other checks", "skipped", f"not checked: {first}"))
         self._end()
@@ -135,20 +157,24 @@ class Examination:
         self,
         stage: str,
         measure: Callable[[float], Any],
-        check: Callable[[Payloads], list[Finding]],
+        check: Callable[..., list[Finding]],
+        *arguments: Any,
         share: float = _STAGE_SHARE,
     ) -> None:
         """Measure on every rank, for at most the seconds given, and check all results on rank 0.
 
         Args:
-            stage: its name.
+            stage: its name. It is skipped if a check in `_NEEDED` failed.
             measure: given the seconds it may take, returns what this rank measured.
-            check: given what all ranks measured, in rank order.
+            check: given what all ranks measured, in rank order, their facts and `arguments`.
+            arguments: further ones of `check`.
             share: of --timeout that it may take, if that is left.
 
         Raises:
             _StopError: on all ranks, if one of them did not respond.
         """
+        if self._is_blocked(stage):
+            return
         self._stage = stage
         left = self._deadline - time.monotonic() - _SLACK_S
         seconds = max(1.0, min(share * self._config.timeout, left))
@@ -156,7 +182,10 @@ class Examination:
         if self._launch.rank == 0:
             payloads = self._collect(stage, seconds + _SLACK_S)
             missing = [rank for rank, payload in enumerate(payloads) if payload is None]
-            findings = [self._no_response(stage, missing)] if missing else check(payloads)
+            if missing:
+                findings = [self._no_response(stage, missing)]
+            else:
+                findings = check(payloads, self._facts_by_rank, *arguments)
             self._report.add(*findings)
             failed = [finding.check for finding in findings if finding.level == "problem"]
             self._mailbox.publish(f"{stage}/result", [bool(missing), failed])
@@ -165,7 +194,15 @@ class Examination:
         if any_missing:
             raise _StopError("every rank must respond first")
 
-    def _collect(self, stage: str, seconds: float) -> Payloads:
+    def _is_blocked(self, stage: str) -> bool:
+        """Report a stage as skipped if a check that it needs failed."""
+        blocking = sorted(self._failed & _NEEDED.get(stage, set()))
+        if blocking:
+            text = f"not checked: fix {' and '.join(blocking)} first"
+            self._report.add(Finding(stage, "skipped", text))
+        return bool(blocking)
+
+    def _collect(self, stage: str, seconds: float) -> list[Any]:
         keys = [f"{stage}/{rank}" for rank in range(self._launch.world_size)]
         return self._mailbox.collect(keys, time.monotonic() + seconds)
 
@@ -174,24 +211,14 @@ class Examination:
         remedy = "check that it is alive and what it printed, or raise --timeout"
         return Finding(stage, "problem", text, remedy)
 
-    def _check_facts(self, facts: Facts, endpoint: dict[str, Any]) -> list[dict[str, Any]]:
-        """Exchange facts; return the endpoint at which each rank listens.
-
-        Raises:
-            _StopError: on all ranks, if they do not run the same code.
-        """
-
-        def check(payloads: Payloads) -> list[Finding]:
-            self._mailbox.publish("endpoints", [payload["endpoint"] for payload in payloads])
-            self._set_facts([Facts.from_json(payload["facts"]) for payload in payloads])
-            return [*self._connected(), *checks.check_facts(self._facts_by_rank)]
-
-        mine = {"facts": dataclasses.asdict(facts), "endpoint": endpoint}
-        self._run_stage("facts", lambda seconds: mine, check)
-        if "versions" in self._failed:
-            raise _StopError("fix versions first")
-        endpoints: list[dict[str, Any]] = self._mailbox.wait_for("endpoints")
-        return endpoints
+    def _check_facts(self, payloads: Payloads, _: object) -> list[Finding]:
+        self._set_facts([Facts.from_json(payload) for payload in payloads])
+        findings = checks.check_facts(self._facts_by_rank)
+        if self._launch.world_size == 1:
+            return findings
+        address = self._launch.master_addr or ""
+        where = f"{f'[{address}]' if ':' in address else address}:{self._launch.master_port}"
+        return [Finding("rendezvous", "ok", f"{len(payloads)} ranks at {where}"), *findings]
 
     def _set_facts(self, facts: Sequence[Facts]) -> None:
         """Record and print which ranks there are."""
@@ -204,33 +231,17 @@ class Examination:
         for line in describe_ranks(self._facts_by_rank):
             self._report.print(line)
 
-    def _connected(self) -> list[Finding]:
+    def _check_tcp(self) -> None:
         if self._launch.world_size == 1:
-            return []
-        address = self._launch.master_addr or ""
-        where = f"{f'[{address}]' if ':' in address else address}:{self._launch.master_port}"
-        return [Finding("rendezvous", "ok", f"{self._launch.world_size} ranks at {where}")]
-
-    def _is_blocked(self, *skipped: str, by: set[str]) -> bool:
-        """Report `skipped` checks as such if one of the checks `by` failed."""
-        blocking = sorted(self._failed & by)
-        for check in skipped if blocking else ():
-            text = f"not checked: fix {' and '.join(blocking)} first"
-            self._report.add(Finding(check, "skipped", text))
-        return bool(blocking)
-
-    def _check_tcp(self, endpoints: Sequence[dict[str, Any]]) -> None:
-        if self._launch.world_size == 1 or self._is_blocked("messages", "clocks", by={"interface"}):
             return
-        peers = {rank: each for rank, each in enumerate(endpoints) if rank != self._launch.rank}
+        if self._launch.rank == 0:
+            self._mailbox.publish("endpoints", self._collect("endpoint", _SLACK_S))
+        endpoints = dict(enumerate(self._mailbox.wait_for("endpoints")))
+        del endpoints[self._launch.rank]
         self._run_stage(
-            "messages",
-            lambda seconds: connect_to_all(peers, seconds),
-            lambda payloads: [
-                *checks.check_tcp(payloads, self._facts_by_rank),
-                *checks.check_clocks(payloads, self._facts_by_rank),
-            ],
+            "messages", lambda seconds: connect_to_all(endpoints, seconds), checks.check_messages
         )
+        self._is_blocked("clocks")  # which are compared by messages
 
     def _check_disk(self, boot: str) -> None:
         """Examine the run directory on the first rank of each node; all look before one writes."""
@@ -239,80 +250,57 @@ class Examination:
         self._run_stage(
             "shared disk",
             lambda seconds: disk.identify(path, boot) if first_here else {},
-            lambda payloads: checks.check_shared_disk(payloads, self._facts_by_rank, run_dir),
+            checks.check_shared_disk,
+            run_dir,
         )
         self._run_stage(
             "disk",
             lambda seconds: disk.measure(path, boot) if first_here else {},
-            lambda payloads: checks.check_disk(payloads, self._facts_by_rank, run_dir),
+            checks.check_disk,
+            run_dir,
         )
 
-    def _check_gpu(self, device: torch.device) -> None:
-        """Test the GPU of every rank that has one."""
-        self._run_stage(
-            "gpu test",
-            lambda seconds: gpus.self_test(device) if device.type == "cuda" else {},
-            lambda payloads: gpu_checks.check_self_test(payloads, self._facts_by_rank),
-        )
-
-    def _check_all_reduce(self, store: Store, device: torch.device, facts: Facts) -> World | None:
-        """Form the process group and all-reduce; return its ranks, None if there is none."""
+    def _check_all_reduce(self, store: Store, device: torch.device, facts: Facts) -> None:
+        """Form the process group and all-reduce."""
         if self._launch.world_size == 1:
             text = "not checked: start with torchrun or srun, as for training"
             self._report.add(Finding("other ranks", "skipped", text))
-            return None
-        needed = {"devices", "gpu test", "interface", "messages"}
-        if self._is_blocked("all-reduce", "shared memory", by=needed):
-            return None
-        worlds: list[World] = []
+            return
 
         def by_backend(seconds: float) -> dict[str, Any]:
             # NCCL's watchdog would end the process before it can report anything.
             timeout = seconds if facts.backend == "gloo" else 10 * self._config.timeout
             try:
-                worlds.append(
-                    init_process_group(self._launch, device, facts.backend, store, timeout)
+                self._world = init_process_group(
+                    self._launch, device, facts.backend, store, timeout
                 )
             except (ReportedError, RuntimeError) as error:
                 return {"error": brief(error)}
-            return allreduce_check.by_backend(worlds[0])
+            return allreduce_check.by_backend(self._world)
 
+        self._run_stage("all-reduce", by_backend, checks.check_backend)
         self._run_stage(
-            "all-reduce",
-            by_backend,
-            lambda payloads: checks.check_backend(payloads, self._facts_by_rank),
+            "shared memory",
+            lambda seconds: allreduce_check.by_shared_memory(self._world, seconds),
+            checks.check_shared_memory,
         )
-        if not self._is_blocked("shared memory", by={"all-reduce"}):
-            self._run_stage(
-                "shared memory",
-                lambda seconds: allreduce_check.by_shared_memory(worlds[0], seconds),
-                lambda payloads: checks.check_shared_memory(payloads, self._facts_by_rank),
-            )
-        return worlds[0] if worlds else None
 
-    def _check_training(self, device: torch.device, world: World | None) -> None:
+    def _check_training(self, device: torch.device) -> None:
         """Train on each rank alone, then on all together."""
-        if self._is_blocked("arithmetic", "training", by={"devices", "gpu test"}):
-            return
         # Imports the job, which no other check needs.
         from mnist_dist.commands.doctor import train_check
 
         precision = self._config.precision
         mine = train_check.TrainCheck(self._launch, device, precision)
         self._run_stage(
-            "arithmetic",
-            lambda seconds: mine.alone(),
-            lambda payloads: train_check.check_alone(payloads, self._facts_by_rank, precision),
-            share=1.0,
+            "arithmetic", lambda _: mine.alone(), train_check.check_alone, precision, share=1.0
         )
-        needed = {"interface", "messages", "all-reduce", "arithmetic"}
-        if world is not None and not self._is_blocked("training", by=needed):
+        if self._launch.world_size > 1:
             self._run_stage(
                 "training",
-                lambda seconds: mine.together(world, seconds),
-                lambda payloads: train_check.check_together(
-                    payloads, self._facts_by_rank, precision
-                ),
+                lambda seconds: mine.together(self._world, seconds),
+                train_check.check_together,
+                precision,
                 share=1.0,
             )
 

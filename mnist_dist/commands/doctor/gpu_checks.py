@@ -1,76 +1,78 @@
 """Check the ranks' GPUs: pure functions from facts and measurements to findings."""
 
 from collections import defaultdict
-from collections.abc import Iterator
 from itertools import combinations
-from typing import Any
 
 from mnist_dist.commands.doctor.facts import Facts
-from mnist_dist.commands.doctor.findings import Finding
-from mnist_dist.commands.doctor.formatting import (
+from mnist_dist.commands.doctor.findings import (
     FactsByRank,
+    Finding,
+    Payloads,
     by_node,
-    difference,
     duration,
+    find_difference,
+    find_each,
     name_ranks,
 )
 from mnist_dist.commands.doctor.gpus import NO_NVIDIA_SMI, Gpu, GpuFacts
 from mnist_dist.errors import counted
 
+# What these variables do to the precision of float32 products, and the remedy.
+_TF32_VARIABLES = {
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": (
+        "is without effect: the job sets the precision itself",
+        "unset it, and train with --precision tf32 for TF32",
+    ),
+    "NVIDIA_TF32_OVERRIDE": (
+        "acts below torch: it overrides --precision, and the job cannot undo it",
+        "unset it",
+    ),
+}
+
 
 def check_gpus(facts_by_rank: FactsByRank) -> list[Finding]:
-    """Check the GPUs that ranks use: memory errors, MIG, peer access."""
+    """Check the GPUs that ranks use: what nvidia-smi prints about them, and peer access."""
     findings = [
-        *check_nvidia_smi(facts_by_rank),
-        *check_ecc(facts_by_rank),
-        *check_mig(facts_by_rank),
-        *check_peer_access(facts_by_rank),
+        *_check_nvidia_smi(facts_by_rank),
+        *_check_ecc(facts_by_rank),
+        *_check_mig(facts_by_rank),
+        *_check_peer_access(facts_by_rank),
     ]
     used = [facts.gpu for facts in facts_by_rank.values() if facts.gpu]
-    if findings or not used:
+    good = ["no uncorrected ECC errors"] * all(gpu.ecc_errors == 0 for gpu in used)
+    good += ["MIG disabled"] * all(gpu.mig is False for gpu in used)
+    if findings or not used or not good:
         return findings
-    good = []
-    if all(gpu.ecc_errors == 0 for gpu in used):
-        good.append("no uncorrected ECC errors")
-    if all(gpu.mig is False for gpu in used):
-        good.append("MIG disabled")
-    return [Finding("gpus", "ok", ", ".join(good))] if good else []
+    return [Finding("gpus", "ok", ", ".join(good))]
 
 
 def check_gpu_versions(facts_by_rank: FactsByRank) -> list[Finding]:
     """Require equal NCCL versions of ranks that use it; warn of different drivers."""
-    findings = []
     nccl = {f.rank: f.gpus.nccl for f in facts_by_rank.values() if f.backend == "nccl"}
-    if differing := difference(nccl, facts_by_rank):
-        remedy = "use the same build of torch and the same LD_LIBRARY_PATH for every rank"
-        findings.append(Finding("versions", "problem", f"NCCL differs: {differing}", remedy))
+    same_nccl = "use the same build of torch and the same LD_LIBRARY_PATH for every rank"
     drivers = {f.rank: f.gpus.driver for f in _on_gpus(facts_by_rank) if f.gpus.driver}
-    if differing := difference(drivers, facts_by_rank):
-        remedy = "install one version of the driver on every node"
-        findings.append(Finding("versions", "warning", f"GPU driver differs: {differing}", remedy))
-    return findings
+    same_driver = "install one version of the driver on every node"
+    return [
+        *find_difference("versions", "problem", "NCCL", nccl, same_nccl, facts_by_rank),
+        *find_difference("versions", "warning", "GPU driver", drivers, same_driver, facts_by_rank),
+    ]
 
 
 def check_detection(facts_by_rank: FactsByRank) -> list[Finding]:
     """Require that torch can use the GPUs it counts; warn of those that it does not see."""
-    failed: dict[str, list[int]] = defaultdict(list)
-    unseen: dict[str, list[int]] = defaultdict(list)
-    for facts in facts_by_rank.values():
+    failed, unseen = {}, {}
+    for rank, facts in facts_by_rank.items():
         if facts.gpus.error:
             if not facts.device_error:  # which has the same cause
-                failed[facts.gpus.error].append(facts.rank)
+                failed[rank] = f"torch cannot use a GPU: {facts.gpus.error}"
         elif not facts.gpus.visible and (text := _unseen(facts.gpus)):
-            unseen[text].append(facts.rank)
-    findings = []
-    for error, ranks in failed.items():
-        text = f"{name_ranks(ranks, facts_by_rank)}: torch cannot use a GPU: {error}"
-        remedy = "check the driver (nvidia-smi), or train with --device cpu"
-        findings.append(Finding("devices", "problem", text, remedy))
-    for text, ranks in unseen.items():
-        remedy = "install a CUDA build of torch that the driver supports (nvidia-smi shows which)"
-        text = f"{name_ranks(ranks, facts_by_rank)}: {text}"
-        findings.append(Finding("devices", "warning", text, remedy))
-    return findings
+            unseen[rank] = text
+    check_driver = "check the driver (nvidia-smi), or train with --device cpu"
+    install = "install a CUDA build of torch that the driver supports (nvidia-smi shows which)"
+    return [
+        *find_each("devices", "problem", failed, check_driver, facts_by_rank),
+        *find_each("devices", "warning", unseen, install, facts_by_rank),
+    ]
 
 
 def _unseen(gpus: GpuFacts) -> str:
@@ -101,59 +103,55 @@ def check_sharing(facts_by_rank: FactsByRank) -> list[Finding]:
     return findings
 
 
-def check_nvidia_smi(facts_by_rank: FactsByRank) -> list[Finding]:
+def _check_nvidia_smi(facts_by_rank: FactsByRank) -> list[Finding]:
     """Report where driver, MIG and memory errors are unknown; `check_detection` covers CPUs."""
-    reasons: dict[str, list[int]] = defaultdict(list)
+    missing, failed = {}, {}
     for facts in _on_gpus(facts_by_rank):
-        if facts.gpus.nvidia_smi_error:
-            reasons[facts.gpus.nvidia_smi_error].append(facts.rank)
-    findings = []
-    for reason, ranks in reasons.items():
-        who = name_ranks(ranks, facts_by_rank)
-        if reason == NO_NVIDIA_SMI:
-            text = f"{who}: ECC errors and MIG not checked: {reason}"
-            remedy = "in a container, set NVIDIA_DRIVER_CAPABILITIES=compute,utility"
-            findings.append(Finding("gpus", "skipped", text, remedy))
-        else:
-            remedy = "look for driver errors in the kernel's log (dmesg)"
-            findings.append(Finding("gpus", "warning", f"{who}: {reason}", remedy))
-    return findings
+        if facts.gpus.nvidia_smi_error == NO_NVIDIA_SMI:
+            missing[facts.rank] = f"ECC errors and MIG not checked: {NO_NVIDIA_SMI}"
+        elif facts.gpus.nvidia_smi_error:
+            failed[facts.rank] = facts.gpus.nvidia_smi_error
+    provide = "in a container, set NVIDIA_DRIVER_CAPABILITIES=compute,utility"
+    look = "look for driver errors in the kernel's log (dmesg)"
+    return [
+        *find_each("gpus", "skipped", missing, provide, facts_by_rank),
+        *find_each("gpus", "warning", failed, look, facts_by_rank),
+    ]
 
 
-def check_ecc(facts_by_rank: FactsByRank) -> list[Finding]:
+def _check_ecc(facts_by_rank: FactsByRank) -> list[Finding]:
     """Require that no GPU of a rank has lost data in its memory."""
+    remedy = "drain the node and reset the GPU (nvidia-smi --gpu-reset)"
     findings = []
-    for facts in facts_by_rank.values():
+    for rank, facts in facts_by_rank.items():
         if facts.gpu and facts.gpu.ecc_errors:
             errors = counted(facts.gpu.ecc_errors, "uncorrected ECC error")
-            who = name_ranks([facts.rank], facts_by_rank)
-            text = f"{facts.gpu.label} of {who} has {errors}"
-            remedy = "drain the node and reset the GPU (nvidia-smi --gpu-reset)"
+            text = f"{facts.gpu.label} of {name_ranks([rank], facts_by_rank)} has {errors}"
             findings.append(Finding("gpus", "problem", text, remedy))
     return findings
 
 
-def check_mig(facts_by_rank: FactsByRank) -> list[Finding]:
+def _check_mig(facts_by_rank: FactsByRank) -> list[Finding]:
     """Warn if a rank uses an instance of a GPU that MIG splits."""
-    split = [f.rank for f in facts_by_rank.values() if f.gpu and f.gpu.mig]
-    if not split:
-        return []
-    text = (
-        f"{name_ranks(split, facts_by_rank)}: MIG is enabled: NCCL does not work between instances "
-        "of one GPU"
-    )
+    text = "MIG is enabled: NCCL does not work between instances of one GPU"
+    split = {rank: text for rank, f in facts_by_rank.items() if f.gpu and f.gpu.mig}
     remedy = (
         "start one process per instance with --backend gloo, or disable MIG (nvidia-smi -mig 0)"
     )
-    return [Finding("gpus", "warning", text, remedy)]
+    return find_each("gpus", "warning", split, remedy, facts_by_rank)
 
 
-def check_peer_access(facts_by_rank: FactsByRank) -> list[Finding]:
+def _check_peer_access(facts_by_rank: FactsByRank) -> list[Finding]:
     """Warn if NCCL must copy through host memory between two ranks of a node."""
+    remedy = "use GPUs that share NVLink or a PCIe switch (nvidia-smi topo -p2p r)"
     findings = []
     for ranks in by_node(facts_by_rank):
         on_nccl = [facts for facts in ranks if facts.backend == "nccl"]
-        lacking = {pair for facts in on_nccl for pair in _pairs_without_peer_access(facts)}
+        lacking = {
+            frozenset(_gpu_key(facts.gpus.visible[n], f"cuda:{n}") for n in pair)
+            for facts in on_nccl
+            for pair in facts.gpus.without_peer_access
+        }
         pairs = [
             (one.rank, other.rank)
             for one, other in combinations(on_nccl, 2)
@@ -165,14 +163,8 @@ def check_peer_access(facts_by_rank: FactsByRank) -> list[Finding]:
                 f"{name_ranks(pairs[0], facts_by_rank)}: no peer access between their GPUs{more}: "
                 "NCCL copies through host memory"
             )
-            remedy = "use GPUs that share NVLink or a PCIe switch (nvidia-smi topo -p2p r)"
             findings.append(Finding("gpus", "warning", text, remedy))
     return findings
-
-
-def _pairs_without_peer_access(facts: Facts) -> Iterator[frozenset[str]]:
-    for pair in facts.gpus.without_peer_access:
-        yield frozenset(_gpu_key(facts.gpus.visible[n], f"cuda:{n}") for n in pair)
 
 
 def _gpu_key(gpu: Gpu | None, device: str) -> str:
@@ -182,18 +174,8 @@ def _gpu_key(gpu: Gpu | None, device: str) -> str:
 
 def check_tf32(facts_by_rank: FactsByRank) -> list[Finding]:
     """Warn of variables that set the precision of float32 products."""
-    effects = {
-        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": (
-            "is without effect: the job sets the precision itself",
-            "unset it, and train with --precision tf32 for TF32",
-        ),
-        "NVIDIA_TF32_OVERRIDE": (
-            "acts below torch: it overrides --precision, and the job cannot undo it",
-            "unset it",
-        ),
-    }
     findings = []
-    for name, (effect, remedy) in effects.items():
+    for name, (effect, remedy) in _TF32_VARIABLES.items():
         values = {f.rank: f.settings[name] for f in _on_gpus(facts_by_rank) if name in f.settings}
         if values:
             text = f"{name}={values[min(values)]} {effect} ({name_ranks(values, facts_by_rank)})"
@@ -201,21 +183,13 @@ def check_tf32(facts_by_rank: FactsByRank) -> list[Finding]:
     return findings
 
 
-def check_self_test(payloads: list[Any], facts_by_rank: FactsByRank) -> list[Finding]:
+def check_self_test(payloads: Payloads, facts_by_rank: FactsByRank) -> list[Finding]:
     """Require a correct matrix product of every GPU, from each rank's `gpus.self_test`."""
-    tested = {rank: payload for rank, payload in enumerate(payloads) if payload}
-    errors: dict[str, list[int]] = defaultdict(list)
-    for rank, payload in tested.items():
-        if "error" in payload:
-            errors[payload["error"]].append(rank)
-    remedy = "look for Xid errors in the kernel's log (dmesg), and exclude the node"
-    findings = [
-        Finding("gpu test", "problem", f"{name_ranks(ranks, facts_by_rank)}: {error}", remedy)
-        for error, ranks in errors.items()
-    ]
-    if findings or not tested:
-        return findings
-    seconds = {rank: payload["seconds"] for rank, payload in tested.items()}
+    errors = {rank: each["error"] for rank, each in enumerate(payloads) if "error" in each}
+    seconds = {rank: each["seconds"] for rank, each in enumerate(payloads) if "seconds" in each}
+    if errors or not seconds:
+        remedy = "look for Xid errors in the kernel's log (dmesg), and exclude the node"
+        return find_each("gpu test", "problem", errors, remedy, facts_by_rank)
     text = f"each GPU multiplies matrices correctly, in {duration(max(seconds.values()))} at most"
     return [Finding("gpu test", "ok", text, figures={"seconds": seconds})]
 
@@ -223,14 +197,14 @@ def check_self_test(payloads: list[Any], facts_by_rank: FactsByRank) -> list[Fin
 def describe_gpus(facts_by_rank: FactsByRank) -> str:
     """Format the models that ranks use, and the first rank's versions: ` (NVIDIA H100, ...)`."""
     first = next(iter(facts_by_rank.values()))
+    models = dict.fromkeys(facts.gpu.name for facts in facts_by_rank.values() if facts.gpu)
     versions = {
         "driver": first.gpus.driver,
         "CUDA": first.environment["cuda"],
         "NCCL": first.gpus.nccl,
     }
-    models = dict.fromkeys(facts.gpu.name for facts in facts_by_rank.values() if facts.gpu)
     known = [f"{name} {version}" for name, version in versions.items() if version]
-    described = ", ".join([*([" or ".join(models)] if models else []), *known])
+    described = ", ".join(filter(None, [" or ".join(models), *known]))
     return f" ({described})" if described else ""
 
 

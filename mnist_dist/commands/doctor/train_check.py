@@ -5,6 +5,7 @@ Then all train together, and each compares its part of every loss with the same 
 training: the first rank to deviate has computed something wrong since.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DistributedSampler
 
-from mnist_dist.commands.doctor.findings import Finding
-from mnist_dist.commands.doctor.formatting import FactsByRank, name_ranks
+from mnist_dist.commands.doctor.findings import (
+    FactsByRank,
+    Finding,
+    Payloads,
+    find_errors,
+    name_ranks,
+)
 from mnist_dist.data import bundled
 from mnist_dist.distributed.ddp import Bfloat16, register_comm_hook, settle_buckets
 from mnist_dist.distributed.devices import Precision, set_precision, set_threads
@@ -31,7 +37,6 @@ from mnist_dist.errors import counted
 from mnist_dist.evaluation import evaluate
 from mnist_dist.model import build_model
 from mnist_dist.optimizer import build_optimizer
-from mnist_dist.run.state import TrainState
 from mnist_dist.sampling import Sharding, global_batches
 from mnist_dist.torch_internals import keep_compiler_out_of_ddp
 from train_ddp import train_step
@@ -42,8 +47,7 @@ TOLERANCES: Mapping[Precision, float] = {"fp32": 1e-5, "tf32": 2e-3, "bf16": 1e-
 _SEED, _EPOCHS, _GLOBAL_BATCH_SIZE, _LR = 0, 2, 64, 0.05
 REFERENCE = files("mnist_dist.commands.doctor") / "reference.json"
 
-Payloads = Sequence[Any]
-"""What each rank measured, in rank order."""
+_EXCLUDE = "check the memory and the device there, and train without that node until then"
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,10 @@ class _Trained:
     """This rank's summed loss of each step: (steps,) float64 on the CPU."""
     loss_by_rank: Tensor
     """The same of a single process, shared out as over `ranks`: (steps, ranks) float64."""
+    samples: Tensor
+    """Of each step's global batch: (steps,)."""
     validation_loss: float
     weights: Tensor
-    digest: str
     samples_per_second: float
     """Of the last epoch."""
     description: str
@@ -105,7 +110,7 @@ class TrainCheck:
         differences = (trained.losses - own).abs() / self._alone.losses
         return self._against_reference(losses, trained) | {
             "own_step": self._first_beyond(differences.tolist()),
-            "digest": trained.digest,
+            "digest": hashlib.sha256(trained.weights.numpy().tobytes()).hexdigest(),
             "drift": float((trained.weights - self._alone.weights).abs().max()),
             "description": trained.description,
         }
@@ -113,7 +118,7 @@ class TrainCheck:
     def _against_reference(self, losses: Tensor, trained: _Trained) -> dict[str, Any]:
         """Compare the summed losses of whole global batches, and the validation loss."""
         reference = json.loads(REFERENCE.read_text())
-        curve = [*(losses / _batch_sizes()).tolist(), trained.validation_loss]
+        curve = [*(losses / trained.samples).tolist(), trained.validation_loss]
         expected = [*reference["losses"], reference["validation_loss"]]
         differences = [abs(a - b) / b for a, b in zip(curve, expected, strict=True)]
         return {
@@ -125,8 +130,8 @@ class TrainCheck:
     def _first_beyond(self, differences: Sequence[float]) -> int | None:
         """Return the first step, counted from 1, that is beyond the tolerance or not a number."""
         tolerance = TOLERANCES[self._precision]
-        beyond = [step for step, value in enumerate(differences, 1) if not value <= tolerance]
-        return beyond[0] if beyond else None
+        beyond = (step for step, value in enumerate(differences, 1) if not value <= tolerance)
+        return next(beyond, None)
 
     def _train(self, world: World, ranks: int = 1, seconds: float = 0.0) -> _Trained:
         """Train as train_ddp.py does.
@@ -139,12 +144,11 @@ class TrainCheck:
         data, device = bundled.load().to(self._device), self._device
         torch.manual_seed(_SEED)
         model = build_model().to(device)
-        optimizer, _ = build_optimizer(model, _LR, 0.0, 0.0, "constant", len(_batch_sizes()))
-        network, description = self._prepare(model, world, seconds)
+        optimizer, _ = build_optimizer(model, _LR, 0.0, 0.0, "constant", 0)
+        network, description = self._wrap(model, world, seconds)
         sampler = DistributedSampler[int](data.train, world.world_size, world.rank, seed=_SEED)
-        samples = len(data.train)
-        sharding = Sharding(samples, _GLOBAL_BATCH_SIZE, world.rank, world.world_size)
-        losses, shared_out = [], []
+        sharding = Sharding(len(data.train), _GLOBAL_BATCH_SIZE, world.rank, world.world_size)
+        losses, shared_out, samples = [], [], []
         for epoch in range(_EPOCHS):
             sampler.set_epoch(epoch)
             start, first = time.perf_counter(), 0
@@ -152,20 +156,21 @@ class TrainCheck:
                 if ranks > 1:
                     shared_out.append(_by_rank(network, images, labels, first, ranks))
                 first += global_size
+                samples.append(global_size)
                 scale = torch.full((), world.world_size / global_size, device=device)
                 losses.append(train_step(network, optimizer, images, labels, scale))
             local = torch.hstack(losses).double().cpu()  # waits for the device
         return _Trained(
             local,
             torch.stack(shared_out).double().cpu() if shared_out else torch.empty(0),
+            torch.tensor(samples),
             evaluate(model, data.validation, world).loss,
             parameters_to_vector(model.parameters()).detach().cpu(),
-            TrainState(model, optimizer, None, {}).weights_digest(),
-            samples / (time.perf_counter() - start),
+            len(data.train) / (time.perf_counter() - start),
             description,
         )
 
-    def _prepare(self, model: nn.Module, world: World, seconds: float) -> tuple[nn.Module, str]:
+    def _wrap(self, model: nn.Module, world: World, seconds: float) -> tuple[nn.Module, str]:
         network = Bfloat16(model) if self._precision == "bf16" else model
         if world.world_size == 1:
             return network, "single process"
@@ -178,19 +183,12 @@ class TrainCheck:
 
 def record_reference() -> dict[str, Any]:
     """Return a new reference curve, trained in this process in float32 on the CPU."""
-    check = TrainCheck(Launch("none"), torch.device("cpu"), "fp32")
-    trained = check._train(World(Launch("none"), torch.device("cpu"), "none"))
+    world = World(Launch("none"), torch.device("cpu"), "none")
+    trained = TrainCheck(world.launch, world.device, "fp32")._train(world)
     return {
-        "losses": [float(f"{loss:.8g}") for loss in (trained.losses / _batch_sizes()).tolist()],
+        "losses": [float(f"{loss:.8g}") for loss in (trained.losses / trained.samples).tolist()],
         "validation_loss": float(f"{trained.validation_loss:.8g}"),
     }
-
-
-def _batch_sizes() -> Tensor:
-    """Return the samples of the global batch of each step: (steps,) float64."""
-    sharding = Sharding(len(bundled.load().train), _GLOBAL_BATCH_SIZE, 0, 1)
-    sizes = [sharding.batch_samples(batch) for batch in range(sharding.steps_per_epoch)]
-    return torch.tensor(sizes * _EPOCHS, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -213,22 +211,22 @@ def check_alone(
     payloads: Payloads, facts_by_rank: FactsByRank, precision: Precision
 ) -> list[Finding]:
     """Require that each rank alone follows the reference curve, from `TrainCheck.alone`."""
-    if errors := _errors("arithmetic", payloads, facts_by_rank):
+    if errors := find_errors("arithmetic", "training fails", payloads, facts_by_rank):
         return errors
     wrong = [rank for rank, payload in enumerate(payloads) if payload["step"] is not None]
     if not wrong:
-        worst = max(payload["difference"] for payload in payloads)
+        close = _closeness(payloads, precision)
         speed = f", {payloads[0]['samples_per_second']:,.0f} samples/s" * (len(payloads) == 1)
         each = "each rank alone" if len(payloads) > 1 else "training"
-        text = f"{each} follows the reference curve{_closeness(worst, precision)}{speed}"
+        text = f"{each} follows the reference curve{close}{speed}"
         return [Finding("arithmetic", "ok", text, figures=list(payloads))]
     step = min(payloads[rank]["step"] for rank in wrong)
     text = (
         f"{name_ranks(wrong, facts_by_rank)}: the losses leave the reference curve at step {step}"
-        f"{_closeness(max(payloads[rank]['difference'] for rank in wrong), precision)}"
+        f"{_closeness([payloads[rank] for rank in wrong], precision)}"
     )
     remedy = (
-        "check the memory and the device there, and train without that node until then"
+        _EXCLUDE
         if len(wrong) < len(payloads)
         else "if model, optimizer or step were changed, python -m benchmarks.reference makes a new "
         "curve; else reinstall torch, or check the memory and the device"
@@ -240,22 +238,20 @@ def check_together(
     payloads: Payloads, facts_by_rank: FactsByRank, precision: Precision
 ) -> list[Finding]:
     """Require that all ranks together follow the curve, from `TrainCheck.together`."""
-    if errors := _errors("training", payloads, facts_by_rank):
+    if errors := find_errors("training", "training fails", payloads, facts_by_rank):
         return errors
-    remedy = "check the memory and the device there, and train without that node until then"
     steps = {r: p["own_step"] for r, p in enumerate(payloads) if p["own_step"] is not None}
     first = [rank for rank, step in steps.items() if step == min(steps.values())]
+    how, close = payloads[0]["description"], _closeness(payloads, precision)
     if first and len(first) < len(payloads):
         text = (
             f"the losses of {name_ranks(first, facts_by_rank)} differ from those of the same "
             f"samples alone, from step {steps[first[0]]} on"
         )
-        return [Finding("training", "problem", text, remedy)]
+        return [Finding("training", "problem", text, _EXCLUDE)]
     if apart := _diverged(payloads):
         text = f"the weights of {name_ranks(apart, facts_by_rank)} differ from the other ranks'"
-        return [Finding("training", "problem", text, remedy)]
-    worst = max(payload["difference"] for payload in payloads)
-    how, close = payloads[0]["description"], _closeness(worst, precision)
+        return [Finding("training", "problem", text, _EXCLUDE)]
     if first or any(payload["step"] is not None for payload in payloads):
         text = f"each rank alone is right, but not all together ({how}){close}"
         remedy = "train with --shared-memory off, or suspect the network; and report this"
@@ -272,14 +268,6 @@ def _diverged(payloads: Payloads) -> list[int]:
     return [rank for rank, payload in enumerate(payloads) if payload["digest"] != sound]
 
 
-def _errors(check: str, payloads: Payloads, facts_by_rank: FactsByRank) -> list[Finding]:
-    errors = {rank: each["error"] for rank, each in enumerate(payloads) if "error" in each}
-    if not errors:
-        return []
-    text = f"training fails on {name_ranks(errors, facts_by_rank)}: {errors[min(errors)]}"
-    return [Finding(check, "problem", text)]
-
-
-def _closeness(difference: float, precision: Precision) -> str:
-    tolerance = TOLERANCES[precision]
-    return f" (largest difference {difference:.1e}, allowed {tolerance:g} for {precision})"
+def _closeness(payloads: Payloads, precision: Precision) -> str:
+    worst = max(payload["difference"] for payload in payloads)
+    return f" (largest difference {worst:.1e}, allowed {TOLERANCES[precision]:g} for {precision})"
