@@ -74,7 +74,7 @@ run_step() {
 finish() { # CODE RUN_DIRECTORY: torchrun ends with 1 after a clean stop, so the status decides
   local status resumable state
   status=$(status_of "$2" status) resumable=$(status_of "$2" resumable)
-  say "the step ended with $1, the run in $2 is ${status:-not begun}"
+  say "the step ended with $1, the run in $2 is ${status:-not started}"
   [ "$status" != completed ] || exit 0
   [ "$resumable" = true ] || { [ -z "$status" ] && { $warned || preempted; }; } || exit $(($1 > 0 ? $1 : 1))
   state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null)
@@ -83,15 +83,15 @@ finish() { # CODE RUN_DIRECTORY: torchrun ends with 1 after a clean stop, so the
     say "job $SLURM_JOB_ID is ${state:-gone}: not requeued from here"
   elif [ "$restarts" -ge "$MAX_REQUEUES" ]; then
     say "requeued $restarts times already (MAX_REQUEUES=$MAX_REQUEUES); sbatch --export=ALL,MAX_REQUEUES=N allows more"
-  else # said first: Slurm ends this script while it requeues the job
+  else # printed first: Slurm ends this script while it requeues the job
     say "requeued: restart $((restarts + 1)) of at most $MAX_REQUEUES"
-    scontrol requeue "$SLURM_JOB_ID" || say "scontrol would not: the same sbatch command continues"
+    scontrol requeue "$SLURM_JOB_ID" || say "scontrol requeue failed; submit the same sbatch command to continue"
   fi
   exit $(($1 > 0 ? $1 : 1))
 }
 
 say "job $SLURM_JOB_ID, restart $restarts, $SLURM_JOB_NUM_NODES node(s) of $tasks_per_node processes: $SLURM_JOB_NODELIST"
 if [ "$restarts" -gt "$MAX_REQUEUES" ]; then
-  say "restarted $restarts times already (MAX_REQUEUES=$MAX_REQUEUES): not again"
+  say "restarted $restarts times already (MAX_REQUEUES=$MAX_REQUEUES): giving up"
   exit 1
 fi

@@ -63,10 +63,10 @@ class TrainConfig:
         "auto",
         group="data",
         metavar="SOURCE",
-        help="training data: a mnist.pkl.gz, a mnist.npz, a directory or zip of IDX files (MNIST, "
-        "Fashion-MNIST, KMNIST, QMNIST, EMNIST's digits), `bundled` (5,000 MNIST digits in the "
-        "package), or `auto` (the cache, data/mnist/mnist.pkl.gz, a download, or the bundled "
-        "digits, in this order)",
+        help="training data: an mnist.pkl.gz, an mnist.npz, a directory or zip of IDX files "
+        "(MNIST, Fashion-MNIST, KMNIST, QMNIST, EMNIST's digits), `bundled` (5,000 MNIST digits "
+        "in the package), or `auto` (the cache, data/mnist/mnist.pkl.gz, a download, or the "
+        "bundled digits, in this order)",
     )
     cache_dir: str | None = flag(
         None,
@@ -232,7 +232,7 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
     """
     argv = sys.argv[1:] if argv is None else argv
     if any(word.partition("=")[0] == "--backward" for word in argv):
-        raise UserError("--backward: replaced by --step; give --step ddp or --step manual")
+        raise UserError("--backward: replaced by --step; use --step ddp or --step manual")
     given = given_flags(TrainConfig, argv, "train_ddp.py")
     defaults = _read_config_file(given["config"]) if given.get("config") else {}
     if "recipe" in given:
@@ -252,14 +252,14 @@ def _read_config_file(path: str) -> dict[str, Any]:
         values = json.loads(read_regular(Path(path), _LARGEST_FILE))
     except OSError as error:
         raise UserError(
-            f"--config {path}: {error.strerror}; give the config.json of a run"
+            f"--config {path}: {error.strerror}; use the config.json of a run"
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"--config {path}: not JSON ({error}); give the config.json of a run"
+            f"--config {path}: not JSON ({error}); use the config.json of a run"
         ) from error
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: not a JSON object; give the config.json of a run")
+        raise UserError(f"--config {path}: not a JSON object; use the config.json of a run")
     try:
         settings = {
             name: _check_setting(name, value)
@@ -283,22 +283,22 @@ def _check_setting(name: str, value: Any) -> Any:
 
 def _validate(config: TrainConfig) -> None:
     for name in ("epochs", "global_batch_size", "keep_checkpoints", "checkpoint_every_epochs"):
-        _require(config, name, getattr(config, name) >= 1, "give 1 or more")
-    _require(config, "epochs", config.epochs <= 10**6, "give 1000000 or fewer")
-    _require(config, "lr", 0 < config.lr < math.inf, "give a number above 0, such as 0.001")
-    _require(config, "momentum", 0 <= config.momentum < 1, "give a number from 0 up to below 1")
-    _require(config, "weight_decay", 0 <= config.weight_decay < math.inf, "give 0 or more")
-    _require(config, "random_shift", 0 <= config.random_shift < IMAGE_SIDE, "give 0 to 27 pixels")
-    _require(config, "seed", 0 <= config.seed < 2**63, "give a whole number from 0 to 2^63 - 1")
+        _require(config, name, getattr(config, name) >= 1, "must be 1 or more")
+    _require(config, "epochs", config.epochs <= 10**6, "must be 1000000 or less")
+    _require(config, "lr", 0 < config.lr < math.inf, "must be above 0, such as 0.001")
+    _require(config, "momentum", 0 <= config.momentum < 1, "must be at least 0 and less than 1")
+    _require(config, "weight_decay", 0 <= config.weight_decay < math.inf, "must be 0 or more")
+    _require(config, "random_shift", 0 <= config.random_shift < IMAGE_SIDE, "must be 0 to 27")
+    _require(config, "seed", 0 <= config.seed < 2**63, "must be from 0 to 2^63 - 1")
     for name in ("train_samples", "checkpoint_every_steps"):
         value = getattr(config, name)
-        _require(config, name, value is None or value >= 1, "give 1 or more")
+        _require(config, name, value is None or value >= 1, "must be 1 or more")
     minutes = config.checkpoint_every_minutes
-    _require(config, "checkpoint_every_minutes", minutes is None or minutes > 0, "give more than 0")
+    _require(config, "checkpoint_every_minutes", minutes is None or minutes > 0, "must be above 0")
     for name in ("setup_timeout", "step_timeout"):
-        _require(config, name, 1 <= getattr(config, name) < 1e6, "give 1 to 1000000 seconds")
+        _require(config, name, 1 <= getattr(config, name) < 1e6, "must be 1 to 1000000 seconds")
     for name in ("data", "run_dir", "cache_dir"):
-        _require(config, name, getattr(config, name) != "", "give a path, or leave the flag out")
+        _require(config, name, getattr(config, name) != "", "give a path or omit the flag")
     check_device(config.device)
     wrong_backend = config.backend == "nccl" and config.device == "cpu"
     _require(config, "backend", not wrong_backend, "nccl needs GPUs; use gloo with --device cpu")

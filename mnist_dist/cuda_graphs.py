@@ -214,7 +214,7 @@ class GraphSteps:
             # A failed capture leaves the allocator in an undefined state: the job must end.
             raise JobError(
                 f"--cuda-graphs auto: the training step could not be captured "
-                f"({str(error).splitlines()[0]}); give --cuda-graphs off"
+                f"({str(error).splitlines()[0]}); use --cuda-graphs off"
             ) from error
         return graph
 
@@ -232,7 +232,7 @@ class GraphSteps:
             if isinstance(self._model, DistributedDataParallel):
                 # Its reducer does not recover from a step that ended in the middle.
                 raise JobError(
-                    f"--cuda-graphs auto: the training step reads from the GPU ({reason}); give "
+                    f"--cuda-graphs auto: the training step reads from the GPU ({reason}); use "
                     "--cuda-graphs off"
                 ) from error
             raise CannotCaptureError(reason) from error

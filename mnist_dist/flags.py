@@ -95,13 +95,13 @@ def check_value(kind: type[Any], name: str, value: Any) -> Any:
         return None
     if get_origin(base) is Literal:
         if value not in get_args(base):
-            raise ValueError(f"give one of {', '.join(get_args(base))}")
+            raise ValueError(f"use one of {', '.join(get_args(base))}")
         return value
     if base is float and type(value) is int:
         with contextlib.suppress(OverflowError):
             value = float(value)
     if type(value) is not base:
-        raise ValueError(f"give {_NAMES[base]}")
+        raise ValueError(f"must be {_NAMES[base]}")
     return value
 
 
@@ -227,6 +227,4 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
 def check_device(device: str) -> None:
     """Raise UserError if `device` is not a valid value of --device."""
     if not _DEVICE.fullmatch(device):
-        raise UserError(
-            f"--device {device or repr(device)}: give auto, cpu, cuda, or one GPU as cuda:0"
-        )
+        raise UserError(f"--device {device or repr(device)}: use auto, cpu, cuda or cuda:N")

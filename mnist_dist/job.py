@@ -89,13 +89,13 @@ class Job:
             state.load_state_dict(world.broadcast(saved or {}, steps.index(max(steps))), world)
         elif had_checkpoint:
             raise UserError(
-                f"--run-dir {run}: a run is there, but its checkpoints are gone; bring them back, "
-                "or give another --run-dir"
+                f"--run-dir {run}: the run there has lost its checkpoints; restore them, or use "
+                "another --run-dir"
             )
         if state.epoch > self.config.epochs:
             raise UserError(
-                f"--epochs {self.config.epochs}: the run in {run} has completed {state.epoch} "
-                "already; give that many or more, or another --run-dir"
+                f"--epochs {self.config.epochs}: the run in {run} has already completed "
+                f"{state.epoch}; use that many or more, or another --run-dir"
             )
         self._check_best(state)
 
@@ -113,8 +113,8 @@ class Job:
         epoch, checkpoints = state.best_epoch, self.run.checkpoints
         if epoch and not self.world.on_main(lambda: checkpoints.has_best(epoch)):
             self.console.warn(
-                f"best.pt in {self.run} is missing, damaged or not of epoch {epoch}, the best: "
-                "the best epoch from here counts"
+                f"best.pt in {self.run} is missing, damaged or not of epoch {epoch}, the best "
+                "so far; the best epoch from here on replaces it"
             )
             state.best_loss = float("inf")
 
@@ -135,7 +135,7 @@ class Job:
         config, world, console = self.config, self.world, self.console
         minutes = config.checkpoint_every_minutes
         sync = RankSync(world, minutes * 60 if minutes else None, config.step_timeout)
-        world.check_equal({"the weights": state.weights_digest()}, "this is a bug, or bad memory")
+        world.check_equal({"the weights": state.weights_digest()}, "this is a bug or bad memory")
         data = {"data": self.dataset.description, "data_fingerprint": self.dataset.fingerprint}
         facts = world.facts() | data
         hparams = config.hparams() | {"world_size": world.world_size}
@@ -328,6 +328,6 @@ def _load_data(config: TrainConfig, world: World, console: Console) -> Dataset:
         dataset = world.run_on_all(lambda: dataset.first_training_samples(samples))
     world.check_equal(
         config.to_flags() | {"the code": code_digest(), "the data": dataset.fingerprint},
-        "give every process the same flags, code and data",
+        "use the same flags, code and data for every process",
     )
     return dataset.to(world.device)

@@ -116,15 +116,15 @@ def run(flags: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     config = parse_flags(CompareConfig, flags, "mnist-dist compare")
     if not 0 <= config.rtol < math.inf:
-        raise UserError(f"--rtol {config.rtol:g}: give 0 or more, such as 1e-5")
+        raise UserError(f"--rtol {config.rtol:g}: must be 0 or more, such as 1e-5")
     if len(config.runs) < 2:
-        raise UserError("RUN: give two or more run directories; --help lists every flag")
+        raise UserError("RUN: two or more run directories are required; --help lists every flag")
     paths = [Path(name).resolve() for name in config.runs]
     if len(set(paths)) < len(paths):
         twice = next(
             name for name, path in zip(config.runs, paths, strict=True) if paths.count(path) > 1
         )
-        raise UserError(f"{printable(twice)}: given twice; name each run once")
+        raise UserError(f"{printable(twice)}: given twice; list each run once")
     runs = [_load(Path(name)) for name in config.runs]
     pairs = [_compare(a, b, config.rtol) for a, b in combinations(runs, 2)]
     if config.json:
@@ -138,7 +138,7 @@ def _load(path: Path) -> _Run:
     """Read a run's files. Raises UserError if there are no losses to compare."""
     summaries = [each for each in list_runs(path) if each.path == str(path)]
     if not summaries:
-        raise UserError(f"{path}: not a run's directory; name a directory in runs/")
+        raise UserError(f"{path}: not a run directory; use a directory in runs/")
     file = path / "metrics.jsonl"
     losses: dict[int, dict[str, float | None]] = {}
     records = list(read_records(file))
@@ -152,7 +152,7 @@ def _load(path: Path) -> _Run:
             losses[epoch] = {tag: finite_number(record, tag) for tag in LOSSES}
     if not losses:
         status = summaries[0].status
-        raise UserError(f"{file}: no finished epoch in it (the run is {status}); name another run")
+        raise UserError(f"{file}: no finished epoch in it (the run is {status}); use another run")
     return _Run(
         summaries[0],
         losses,
@@ -171,7 +171,7 @@ def _compare(a: _Run, b: _Run, rtol: float) -> Comparison:
     """Compare two runs. Raises UserError if they have no epoch in common."""
     epochs = sorted(a.losses.keys() & b.losses.keys())
     if not epochs:
-        raise UserError(f"{a.name} and {b.name}: no epoch in common; name other runs")
+        raise UserError(f"{a.name} and {b.name}: no epoch in common; use other runs")
     by_epoch = {
         epoch: {tag: _difference(a.losses[epoch][tag], b.losses[epoch][tag]) for tag in LOSSES}
         for epoch in epochs

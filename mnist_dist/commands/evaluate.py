@@ -143,7 +143,7 @@ def _evaluate(config: EvaluateConfig, world: World, warn: Callable[[str], None])
     flags = {f"--{name.replace('_', '-')}": value for name, value in asdict(config).items()}
     world.check_equal(
         flags | {"the code": code_digest(), "the data": dataset.fingerprint},
-        "give every process the same flags, code and data",
+        "use the same flags, code and data for every process",
     )
     split = getattr(dataset.to(world.device), config.split)
     result = engine.evaluate(trained.model.to(world.device), split, world)
@@ -159,7 +159,7 @@ def _find_data(config: EvaluateConfig, trained: TrainedModel) -> DataLocation:
     except DataError as error:
         raise UserError(
             f"{error.problem} (the --data in config.json of the run of {trained.checkpoint}); "
-            "give --data with the path of that data"
+            "use --data with the path of that data"
         ) from error
 
 
@@ -180,7 +180,7 @@ def _handle_other_data(
     cause = "" if trained.data else ": the run's config.json, which names it, is missing or damaged"
     raise UserError(
         f"{trained.checkpoint} was trained on other data than what was found "
-        f"({dataset.description}){cause}; give --data with the path of the data to evaluate on"
+        f"({dataset.description}){cause}; use --data with the path of the data to evaluate on"
     )
 
 

@@ -84,7 +84,7 @@ def export(model: str | Path, format: Format, output: str | Path | None = None) 
         JobError: the exported model does not match the original.
     """
     if format not in _SUFFIX:
-        raise UserError(f"--format {format}: give one of {', '.join(_SUFFIX)}")
+        raise UserError(f"--format {format}: use one of {', '.join(_SUFFIX)}")
     for package in _PACKAGES[format]:
         if importlib.util.find_spec(package) is None:
             raise UserError(
@@ -107,7 +107,7 @@ def export(model: str | Path, format: Format, output: str | Path | None = None) 
             )
     except OSError as error:
         raise UserError(
-            f"--output {file}: {error.strerror}; name a file in a directory that can be written"
+            f"--output {file}: {error.strerror}; use a file in a writable directory"
         ) from error
     return Exported(file, differences[0])
 
@@ -131,9 +131,9 @@ def _output(output: str | Path | None, checkpoint: Path, format: Format) -> Path
         return checkpoint.with_suffix(_SUFFIX[format])
     file = Path(output)
     if file.suffix != _SUFFIX[format]:
-        raise UserError(f"--output {file}: give a name that ends in {_SUFFIX[format]}")
+        raise UserError(f"--output {file}: use a name that ends in {_SUFFIX[format]}")
     if file.is_dir():
-        raise UserError(f"--output {file}: is a directory; name a file in it")
+        raise UserError(f"--output {file}: is a directory; use a file in it")
     return file
 
 

@@ -17,7 +17,7 @@ from mnist_dist.model import build_model, state_dict_mismatch
 from mnist_dist.run.checkpoint import load_checkpoint
 
 _MAX_CONFIG_BYTES = 1 << 20
-_REMEDY = "name a run's directory or a checkpoint of this project"
+_REMEDY = "use a run directory or a checkpoint of this project"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def find_checkpoint(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        fault = "is no file" if path.exists() else "no such file or directory"
+        fault = "not a regular file" if path.exists() else "no such file or directory"
         raise UserError(f"{path}: {fault}; {_REMEDY}")
     for best in (path / "checkpoints" / "best.pt", path / "best.pt"):
         if os.path.lexists(best):
@@ -101,10 +101,10 @@ def find_checkpoint(path: Path) -> Path:
     steps = sorted((path / "checkpoints").glob("step_*.pt"))
     if steps:
         raise UserError(
-            f"{path}: the run has no best.pt yet: no epoch is finished; name a checkpoint, such as "
+            f"{path}: the run has no best.pt yet: no epoch is finished; use a checkpoint, such as "
             f"{steps[-1]}"
         )
-    raise UserError(f"{path}: no run's directory: there is no checkpoints/best.pt; {_REMEDY}")
+    raise UserError(f"{path}: not a run directory: it has no checkpoints/best.pt; {_REMEDY}")
 
 
 def _model(weights: Any, checkpoint: Path) -> nn.Module:
@@ -113,14 +113,14 @@ def _model(weights: Any, checkpoint: Path) -> nn.Module:
     weights = _without_prefix(weights, next(iter(model.state_dict())))
     if mismatch := state_dict_mismatch(weights, model):
         raise UserError(
-            f"{checkpoint}: holds no weights of this project's model, {type(model).__name__}: "
+            f"{checkpoint}: does not hold weights of this project's model, {type(model).__name__}: "
             f"{printable(mismatch)}; {_REMEDY}"
         )
     for name, weight in weights.items():
         if weight.layout != torch.strided or weight.is_quantized or weight.is_meta:
-            raise UserError(f"{checkpoint}: its {name} is no dense tensor; {_REMEDY}")
+            raise UserError(f"{checkpoint}: its {name} is not a dense tensor; {_REMEDY}")
         if not torch.isfinite(weight.float()).all():
-            raise UserError(f"{checkpoint}: not all of its {name} are finite numbers; {_REMEDY}")
+            raise UserError(f"{checkpoint}: its {name} has values that are not finite; {_REMEDY}")
     model.load_state_dict(weights)
     return model.eval()
 

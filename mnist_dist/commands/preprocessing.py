@@ -53,7 +53,7 @@ def read_digit(path: str | Path) -> tuple[Tensor, tuple[str, ...]]:
         digit = find_digit(grey)
         if digit is None:
             raise UserError(
-                f"{name}: is blank: no digit stands out; use a picture with more contrast"
+                f"{name}: is blank: no digit stands out; use an image with more contrast"
             )
         image, notes = _centre(_fit(digit.ink)), digit.notes
     return torch.from_numpy(image.reshape(-1).copy()), notes
@@ -72,17 +72,17 @@ def find_images(path: str | Path) -> list[Path]:
     try:
         found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
     except OSError as error:
-        raise UserError(f"{name}: {error.strerror}; name a directory that can be read") from error
+        raise UserError(f"{name}: {error.strerror}; use a readable directory") from error
     if not found:
-        raise UserError(f"{name}: holds no .png, .jpg or .jpeg; name a directory with pictures")
+        raise UserError(f"{name}: contains no .png, .jpg or .jpeg file; use a directory of images")
     return found
 
 
 def _read(path: Path, name: str) -> Grey:
     """Read grey levels, rotated by the EXIF tag, without transparency, reduced if large."""
     if not path.is_file():  # reading a pipe or device might never end
-        fault = "is no file" if path.exists() else "no such file"
-        raise UserError(f"{name}: {fault}; name a PNG or JPEG")
+        fault = "not a regular file" if path.exists() else "no such file"
+        raise UserError(f"{name}: {fault}; use a PNG or JPEG file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # errors are handled below
@@ -95,7 +95,7 @@ def _read(path: Path, name: str) -> Grey:
     except Image.DecompressionBombError:
         raise UserError(_too_large(name)) from None
     except UnidentifiedImageError:
-        raise UserError(f"{name}: no PNG or JPEG; save the picture as one") from None
+        raise UserError(f"{name}: not a PNG or JPEG; convert the image to one") from None
     except UserError:
         raise
     except Exception as error:  # Pillow raises more than it documents for damaged files

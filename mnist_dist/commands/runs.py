@@ -58,7 +58,7 @@ def list_runs(directory: str | Path = "runs") -> list[RunSummary]:
         return [_summary(child) for child in sorted(path.iterdir()) if _is_run(child)]
     except OSError as error:
         raise UserError(
-            f"{path}: {error.strerror}; name the directory that holds your runs"
+            f"{path}: {error.strerror}; use the directory that contains your runs"
         ) from error
 
 

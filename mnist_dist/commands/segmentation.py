@@ -171,7 +171,7 @@ def _read_shapes(shapes: Sequence[_Shape], contrast: Ink, clutter: Mask) -> Digi
     digit = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
     notes = []
     if several or digit.shape[1] > _WIDE * digit.shape[0]:
-        notes.append("perhaps several digits: one per picture is classified")
+        notes.append("perhaps several digits: one per image is classified")
     if (edge & chosen).any():
         notes.append("perhaps cut off: ink reaches an edge")
     return Digit(digit, tuple(notes))

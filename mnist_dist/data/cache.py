@@ -32,7 +32,7 @@ from mnist_dist.lock import FileLock, LockHeldError
 # Increase it when the content of an entry changes: older entries are then rebuilt.
 FORMAT = 2
 _REBUILD = "remove it and start again: it is rebuilt"
-REMEDY = "name a writable directory of your own with --cache-dir or MNIST_DIST_CACHE"
+REMEDY = "set --cache-dir or MNIST_DIST_CACHE to a writable directory of your own"
 
 # Longer than the limit of a download.
 LOCK_WAIT_S = 600
@@ -269,9 +269,9 @@ def _parse(file: BinaryIO, name: str | None = None) -> Dataset:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise MalformedError("is not a cache entry of this version")
     if content.keys() != _KEYS:
-        raise MalformedError("is a cache entry with missing or additional parts")
+        raise MalformedError("is a cache entry with missing or extra parts")
     if name is not None and content["entry"] != name:
-        raise MalformedError("is the cache entry of other data")
+        raise MalformedError("is the cache entry for other data")
     description, digest = content["description"], content["fingerprint"]
     if not isinstance(description, str) or not isinstance(digest, str):
         raise MalformedError("is a cache entry without description or fingerprint")
@@ -291,5 +291,5 @@ def _split(content: dict[str, Any], name: str) -> Split:
 
 def _verified(dataset: Dataset) -> Dataset:
     if fingerprint(dataset.splits) != dataset.fingerprint:
-        raise MalformedError("is damaged: its content does not have its fingerprint")
+        raise MalformedError("is damaged: its content does not match its fingerprint")
     return dataset

@@ -104,7 +104,7 @@ def find_in_directory(directory: Path) -> FileSet:
             raise DataError(f"{directory}: has no IDX files", f"pass --data {directory / name}")
     raise DataError(
         f"{directory}: has no IDX files (train-images-idx3-ubyte and so on, raw or .gz)",
-        "pass the directory that contains them, or a mnist.pkl.gz or mnist.npz, with --data",
+        "pass the directory that contains them, or an mnist.pkl.gz or mnist.npz, with --data",
     )
 
 
@@ -134,7 +134,7 @@ def read_zip(content: bytes, path: Path) -> Splits:
     with npz.open_zip(content) as archive:
         members = [info for info in archive.infolist() if not info.is_dir()]
         if sum(info.file_size for info in members) > LIMIT:
-            problem = f"unpacks to more than the {LIMIT:,} bytes that any data set needs"
+            problem = f"unpacks to more than the {LIMIT:,} bytes that a data set can need"
             raise MalformedError(problem, "unpack it and pass what is in it")
         folders: dict[str, Files] = {}
         for info in members:

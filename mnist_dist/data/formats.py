@@ -64,7 +64,7 @@ def detect_format(path: Path) -> Source:
         except FileNotFoundError as error:
             raise DataError(
                 f"{path}: no such file or directory",
-                "give --data auto, bundled or a path that exists",
+                "use --data auto, --data bundled or an existing path",
             ) from error
         return _of_file(path, content)
 

@@ -67,7 +67,7 @@ def read_array(content: bytes, kind: Kind) -> NDArray[Any]:
 
 def _other_file(content: bytes, head: bytes, kind: Kind) -> MalformedError:
     if is_idx(head):
-        remedy = "give each of the four files the name of what it holds"
+        remedy = "name each of the four files after its content"
     else:
         with unpacked(content) as stream:
             if error := identify(stream.read(HEAD)):

@@ -82,7 +82,7 @@ def labels_as_integers(name: str, labels: NDArray[Any]) -> NDArray[np.int64]:
     if labels.ndim == 2 and labels.shape[1] == NUM_CLASSES:
         raise MalformedError(
             f"{name} labels are one-hot {labels.shape}, not integers (N,)",
-            "save labels.argmax(axis=1) in their place",
+            "save labels.argmax(axis=1) instead",
         )
     if labels.ndim != 1 or labels.dtype.kind not in "iuf":
         raise MalformedError(f"{name} labels are {labels.dtype} {labels.shape}, not integers (N,)")

@@ -66,9 +66,7 @@ def read(content: bytes) -> Splits:
 def _pair(part: object) -> tuple[NDArray[Any], NDArray[Any]]:
     images, labels = _sequence_of(2, part)
     if not (isinstance(images, _Array) and isinstance(labels, _Array)):
-        raise MalformedError(
-            "holds something else than (images, labels) arrays for each split", SAVE_AS_NPZ
-        )
+        raise MalformedError("does not hold (images, labels) arrays for each split", SAVE_AS_NPZ)
     return images.values, labels.values
 
 
@@ -168,9 +166,9 @@ _NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
 class _Instructions(dict[int, _Instruction]):
     def __missing__(self, code: int) -> _Instruction:
         if code not in _NAMES:
-            raise MalformedError(f"is no pickle: it has the unknown instruction 0x{code:02x}")
+            raise MalformedError(f"is not a pickle: it has the unknown instruction 0x{code:02x}")
         raise MalformedError(
-            f"is refused: no pickle of arrays has the instruction {_NAMES[code]}", SAVE_AS_NPZ
+            f"is refused: arrays need no pickle instruction {_NAMES[code]}", SAVE_AS_NPZ
         )
 
 
@@ -223,7 +221,7 @@ class _ArrayUnpickler(_Machine):
         # The standard method would set any attribute of any object on the stack.
         state = self.stack.pop()
         if not isinstance(self.stack[-1], (_Array, _Dtype)):
-            raise MalformedError("is refused: the pickle changes something else than an array")
+            raise MalformedError("is refused: the pickle modifies something other than an array")
         self.stack[-1].set_state(state)
 
     dispatch[pickle.FRAME[0]] = _skip_frame_header
@@ -249,7 +247,7 @@ class _LimitedReads:
     def _count(self) -> None:
         self._left -= 1
         if self._left < 0:
-            raise MalformedError("is refused: the pickle is a longer program than arrays need")
+            raise MalformedError("is refused: the pickle has more instructions than arrays need")
 
 
 def _text(value: object) -> str:

@@ -63,5 +63,5 @@ def unknown(head: bytes) -> MalformedError:
         return MalformedError("is a text file", SAVE_AS_NPZ)
     return MalformedError(
         "has an unknown format",
-        "pass a mnist.pkl.gz, a mnist.npz, or a directory or zip of IDX files",
+        "pass an mnist.pkl.gz, an mnist.npz, or a directory or zip of IDX files",
     )

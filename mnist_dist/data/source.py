@@ -159,7 +159,7 @@ def _download(target: cache.CacheDir) -> DataLocation:
         dataset = assemble(parse_pickle(content), url)
     # Compared by content: gzip files of the same data differ between mirrors.
     if dataset.fingerprint != MNIST_SHA256:
-        raise DataError(f"{url}: serves another data set than MNIST", download.REMEDY)
+        raise DataError(f"{url}: serves data other than MNIST", download.REMEDY)
     return _write(dataset, target, target.directory / MNIST_ENTRY)
 
 
@@ -170,6 +170,6 @@ def _use_bundled(*warnings: str) -> DataLocation:
 def _fallback_warning(local: DataError, network: DataError) -> str:
     return (
         f"using the {bundled.DESCRIPTION}, since full MNIST was not found "
-        f"({local.problem}; {network.problem}); for all of it give --data a mnist.pkl.gz, a "
+        f"({local.problem}; {network.problem}); to use all of it, pass --data an mnist.pkl.gz, an "
         f"mnist.npz or a directory of IDX files, or {network.remedy}"
     )

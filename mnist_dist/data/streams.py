@@ -37,7 +37,7 @@ class BoundedStream:
     def spend(self, size: int) -> None:
         """Count `size` bytes against the limit. Raises `MalformedError` beyond it."""
         if not 0 <= size <= self._left:
-            raise MalformedError(f"asks for more than the {LIMIT:,} bytes that any data set needs")
+            raise MalformedError(f"claims more than the {LIMIT:,} bytes that a data set can need")
         self._left -= size
 
     def read_exactly(self, size: int) -> bytes:
@@ -53,7 +53,7 @@ class BoundedStream:
         Reading to the end also makes gzip and zip compare their checksums.
         """
         if self._stream.read(1):
-            raise MalformedError("goes on after the end of its data")
+            raise MalformedError("continues after the end of its data")
 
 
 @contextmanager

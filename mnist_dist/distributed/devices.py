@@ -51,7 +51,7 @@ def pick_device(
     elif index is not None:
         shortage, remedy = (
             f"this node has {counted(gpus, 'GPU')}",
-            f"give cuda:0 to cuda:{gpus - 1}",
+            f"use cuda:0 to cuda:{gpus - 1}",
         )
     else:
         shortage = f"{processes} processes on a node with {counted(gpus, 'GPU')}"

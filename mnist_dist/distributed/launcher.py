@@ -175,15 +175,15 @@ def _checked(
         fits = 0 <= launch.rank < launch.world_size and launch.local_world_size <= launch.world_size
         if fits and 0 <= launch.local_rank < launch.local_world_size:
             return launch
-        problem = "contradict each other"
+        problem = "contradictory values"
     except KeyError as error:
-        problem = f"{'are' if len(given) > 1 else 'is'} set, but {error.args[0]} is not"
+        problem = f"set without {error.args[0]}"
     except (ValueError, IndexError) as error:
-        problem = f"cannot be used ({error})"
+        problem = f"invalid ({error})"
     raise UserError(
-        f"in the environment, {' and '.join(given)} {problem}; if they are left over from another "
-        f"program, unset {' '.join(name for name in marks if name in environment)}; else start "
-        "with torchrun, srun or plain python"
+        f"environment variables {' '.join(given)}: {problem}; if left over from another "
+        f"program, unset {' '.join(name for name in marks if name in environment)}; otherwise "
+        "start with torchrun, srun or plain python"
     )
 
 

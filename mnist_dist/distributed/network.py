@@ -48,7 +48,7 @@ def resolve(host: str, port: int, deadline: float) -> str:
             if time.monotonic() > deadline:
                 raise RendezvousError(
                     f"cannot resolve the rendezvous endpoint {host}:{port} on "
-                    f"{socket.gethostname()} ({error.strerror}); give a name that every node can "
+                    f"{socket.gethostname()} ({error.strerror}); use a name that every node can "
                     "resolve, or an IP address"
                 ) from error
             time.sleep(0.5)
@@ -198,7 +198,7 @@ def own_name_problem() -> str | None:
         with contextlib.suppress(OSError), socket.socket(kind, socket.SOCK_STREAM) as probe:
             probe.bind(address)
             return None
-    return f"{name} resolves to {found[0][4][0]}, which is no address of this host"
+    return f"{name} resolves to {found[0][4][0]}, which is not an address of this host"
 
 
 def torchrun_handler() -> Callable[[object], object]:
@@ -219,7 +219,7 @@ def torchrun_handler() -> Callable[[object], object]:
     if not any(word.startswith(given) for word in words) and (problem := own_name_problem()):
         print_line(
             f"warning: torchrun waits five minutes for this host, since {problem}; stop it, and "
-            "give torchrun --local-addr=127.0.0.1 (on several hosts, this host's address)"
+            "start torchrun with --local-addr=127.0.0.1 (on several hosts, this host's address)"
         )
     return refuse
 
@@ -290,10 +290,10 @@ def main() -> int:
     if name := os.environ.get("INTERFACE"):
         known = interfaces()
         if not known.get(name):
-            problem = "has no address" if name in known else "is no interface of this host"
+            problem = "has no address" if name in known else "is not an interface of this host"
             choices = ", ".join(each for each, address in known.items() if address)
             print(
-                f"mnist-dist: error: INTERFACE={name} {problem}; give one of {choices}",
+                f"mnist-dist: error: INTERFACE={name} {problem}; use one of {choices}",
                 file=sys.stderr,
             )
             return 2

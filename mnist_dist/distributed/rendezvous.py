@@ -221,6 +221,7 @@ def _describe_failure(
         return NodeError.exit_code, f"{place}: {error}" if several else str(error)
     reason = brief(error) if error else f"no connection within {timeout:g} s"
     return RendezvousError.exit_code, (
-        f"the ranks could not connect to each other ({place}: {reason}); `mnist-dist doctor` in "
-        "place of the job finds out which cannot, and GLOO_SOCKET_IFNAME selects the interface"
+        f"the ranks could not connect to each other ({place}: {reason}); run `mnist-dist "
+        "doctor` in place of the job to find which, and select the interface with "
+        "GLOO_SOCKET_IFNAME"
     )

@@ -27,11 +27,12 @@ def check_manual_step(model: nn.Module, device: torch.device, conflicts: list[st
         UserError: it cannot.
     """
     if type(model) is not MLP:
-        raise UserError(f"--step manual: knows the MLP only, not {type(model).__name__}; use ddp")
+        name = type(model).__name__
+        raise UserError(f"--step manual: supports only the MLP, not {name}; use --step ddp")
     if device.type != "cpu":
-        raise UserError(f"--step manual: runs on CPUs only, not on {device.type}; use ddp")
+        raise UserError(f"--step manual: runs only on CPUs, not on {device.type}; use --step ddp")
     if conflicts:
-        raise UserError(f"--step manual: does not support {conflicts[0]}; use ddp, or drop that")
+        raise UserError(f"--step manual: does not support {conflicts[0]}; remove one of the two")
 
 
 class ManualStep:
@@ -63,7 +64,7 @@ class ManualStep:
         assert isinstance(model, MLP)  # check_manual_step has refused any other
         if not isinstance(optimizer, torch.optim.SGD):
             name = type(optimizer).__name__
-            raise UserError(f"--step manual: has the update of SGD only, not of {name}; use ddp")
+            raise UserError(f"--step manual: supports only SGD, not {name}; use --step ddp")
         self.seconds = 0.0
         """Time this rank has spent in all-reduces, waiting for its peers included."""
         self._optimizer = optimizer

@@ -179,7 +179,7 @@ class CheckpointStore:
             raise UserError(
                 "--run-dir: every checkpoint is damaged or unreadable "
                 f"({'; '.join(map(str, passed_over.values()))}); "
-                "give another --run-dir to start afresh"
+                "use another --run-dir to start over"
             )
         return None, []
 

@@ -75,7 +75,7 @@ class RunDirectory:
             if (self.path / "config.json").exists() and not is_run:
                 raise UserError(
                     f"--run-dir {self.path}: holds a config.json but no status.json that can be "
-                    "read, so it is not a run's; name another"
+                    "read, so it is not a run directory; use another"
                 )
             self._lock.acquire(_LOCK_WAIT_S, self._warn)
             self.checkpoints.open()
@@ -88,13 +88,11 @@ class RunDirectory:
         except LockHeldError as error:
             raise UserError(
                 f"--run-dir {self.path}: another job is writing there ({error}); wait until it "
-                "ends, stop it, or name another directory"
+                "ends, stop it, or use another directory"
             ) from error
         except OSError as error:
             reason = "is a file" if self.path.is_file() else _reason(error)
-            raise UserError(
-                f"--run-dir {self.path}: {reason}; name a directory that can be written"
-            ) from error
+            raise UserError(f"--run-dir {self.path}: {reason}; use a writable directory") from error
         if self._lock.missing is not None:
             self._warn(
                 f"{self}: its file system has no locks ({self._lock.missing}); start no second job "
@@ -173,7 +171,7 @@ class RunDirectory:
             saved, step, metrics, best, newest, write_status if newest else None
         )
         for error in failures:
-            self._warn(f"a checkpoint could not be written ({_reason(error)}); training goes on")
+            self._warn(f"a checkpoint could not be written ({_reason(error)}); training continues")
 
     def flush(self) -> None:
         """Wait until every checkpoint is on disk.
@@ -198,8 +196,8 @@ class RunDirectory:
         if best["epoch"] != self.state.best_epoch:
             raise JobError(
                 f"{self}: best.pt has the weights of epoch {best['epoch']}, but the best of "
-                f"{self.state.epoch} is epoch {self.state.best_epoch}; train more epochs, or "
-                "evaluate that file for what it is"
+                f"the first {self.state.epoch} is epoch {self.state.best_epoch}; train more "
+                "epochs, or evaluate best.pt itself"
             )
         return best
 
@@ -277,7 +275,7 @@ class RunDirectory:
             raise JobError(
                 f"{self}: {error.strerror} while the job ran, and another job may be writing "
                 "there, so this one ends without writing anything more; start it again with "
-                "--run-dir and the place where the run is now"
+                "--run-dir set to the run's current location"
             ) from error
         except OSError as error:
             intact = self.checkpoints.newest_step is not None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mnist_dist.dimensions import IMAGE_PIXELS, IMAGE_SIDE
+from mnist_dist.errors import counted
 from mnist_dist.files import read_regular, sync_directory, write_atomically
 from mnist_dist.run.logfile import LogFile
 
@@ -102,8 +103,7 @@ class MetricsWriter:
         self.records, unsound = _read_until(content, epoch, step)
         if unsound:
             self._warn(
-                f"{self._path} was damaged or edited: {unsound} of its lines hold no record and "
-                "were dropped"
+                f"{self._path} was damaged or edited: dropped {counted(unsound, 'invalid line')}"
             )
         # Also an empty one: replacing it makes its name survive power loss.
         write_atomically(self._path, "".join(map(_json_line, self.records)).encode())

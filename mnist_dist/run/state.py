@@ -195,7 +195,7 @@ class TrainState:
         A state of another version, run or model is left to `load_state_dict` to refuse.
         """
         if not isinstance(saved, dict) or type(saved.get("format")) is not int:
-            return "it is no training state"
+            return "it is not a training state"
         if saved["format"] != FORMAT:
             return None
         example: dict[str, Any] = {"model": {}, "optimizer": {}, "identity": {}, "best_loss": 0.0}
@@ -204,7 +204,7 @@ class TrainState:
         if fault := _kind_mismatch(saved, example, ""):
             return fault
         if min(saved[name] for name in _COUNTS) < 0:
-            return "it counts below 0"
+            return "it has a negative count"
         if not all(isinstance(weight, Tensor) for weight in saved["model"].values()):
             return "its model holds more than tensors"
         if not all(isinstance(v, str | int | float | None) for v in saved["identity"].values()):
@@ -229,16 +229,16 @@ class TrainState:
             return fault
         saved_groups, entries = saved["optimizer"]["param_groups"], saved["optimizer"]["state"]
         if [g["params"] for g in saved_groups] != [g["params"] for g in own_groups]:
-            return "its optimizer is of another model"
+            return "its optimizer belongs to another model"
         for index, entry in entries.items():
             if index not in range(len(shapes)) or not isinstance(entry, dict):
-                return "its optimizer has a state of no parameter"
+                return "its optimizer has a state for an unknown parameter"
             for buffer in entry.values():
                 is_float = isinstance(buffer, Tensor) and buffer.is_floating_point()
                 # Adam counts the steps of each parameter in a tensor without dimensions.
                 is_sound = is_float and buffer.shape in (shapes[index], torch.Size())
                 if buffer is not None and not is_sound:
-                    return f"its optimizer has no sound state of parameter {index}"
+                    return f"its optimizer has an invalid state for parameter {index}"
         return None
 
     def load_state_dict(self, saved: dict[str, Any], world: World) -> None:
@@ -253,8 +253,8 @@ class TrainState:
         self._check_same_run(saved)
         if fault := state_dict_mismatch(saved["model"], self.model):
             raise UserError(
-                f"--run-dir: its checkpoint holds another model than {type(self.model).__name__}: "
-                f"{fault}; give another --run-dir"
+                f"--run-dir: its checkpoint is not of {type(self.model).__name__}: "
+                f"{fault}; use another --run-dir"
             )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -279,20 +279,20 @@ class TrainState:
     def _check_same_run(self, saved: dict[str, Any]) -> None:
         if saved.get("format") != FORMAT:
             raise UserError(
-                f"--run-dir: its checkpoint has format {saved.get('format')}, this version reads "
-                f"{FORMAT}; continue it with the version that wrote it"
+                f"--run-dir: its checkpoint has format {saved.get('format')}, but this version "
+                f"reads {FORMAT}; continue it with the version that wrote it"
             )
         for name, before in self._differences(saved).items():
             now = self.hyperparameters.get(name)
             if name == "data":
                 raise UserError(
-                    "--data: the run in --run-dir was started with other data; give that again, or "
-                    "another --run-dir"
+                    "--data: the run in --run-dir was started with other data; use the same "
+                    "data, or another --run-dir"
                 )
             why = ", on which its schedule depends" if name == "epochs" else ""
             raise UserError(
                 f"--{name.replace('_', '-')} {now}: the run in --run-dir was started with "
-                f"{before}{why}; give that value again (all of that run's: --config with its "
+                f"{before}{why}; use that value (for all values of that run, --config with its "
                 "config.json), or another --run-dir"
             )
 
@@ -300,17 +300,17 @@ class TrainState:
 def _ranks_fault(saved: dict[str, Any]) -> str | None:
     """Describe what in `saved` that differs between ranks cannot be loaded."""
     if len(saved["loss_sums"]) != len(saved["rng"]) or not saved["rng"]:
-        return "its loss_sums and rng are not of the same ranks"
+        return "its loss_sums and rng are from different ranks"
     on_gpus = saved.get("cuda_rng", [])
     if not isinstance(on_gpus, list) or len(on_gpus) not in (0, len(saved["rng"])):
-        return "its cuda_rng and rng are not of the same ranks"
+        return "its cuda_rng and rng are from different ranks"
     if not all(isinstance(state, Tensor) and state.dtype == torch.uint8 for state in on_gpus):
-        return "its cuda_rng is no random state"
+        return "its cuda_rng is not a random state"
     try:
         for random_state in saved["rng"]:
             torch.Generator().set_state(random_state)
     except (RuntimeError, TypeError):
-        return "its rng is no random state"
+        return "its rng is not a random state"
     return None
 
 

@@ -156,7 +156,7 @@ def test_the_data_of_a_run_is_found_from_any_directory(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["nowhere"], "nowhere: no such file or directory; name a run's directory"),
+        (["nowhere"], "nowhere: no such file or directory; use a run directory"),
         (["RUN", "--data=nowhere.npz"], "nowhere.npz"),
     ],
 )

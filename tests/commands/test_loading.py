@@ -178,12 +178,12 @@ def wrapped_twice_over(trained: Path, file: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
-    "another project": (of_another_project, "holds no weights of this project's model"),
+    "another project": (of_another_project, "does not hold weights of this project's model"),
     "a name for terminals": (named_by_a_terminal, "no place for its a b\\x1b[31m"),
-    "sparse weights": (sparse, "its out.weight is no dense tensor"),
-    "weights without memory": (without_memory, "its out.weight is no dense tensor"),
+    "sparse weights": (sparse, "its out.weight is not a dense tensor"),
+    "weights without memory": (without_memory, "its out.weight is not a dense tensor"),
     "two models": (wrapped_twice_over, "it has no hidden1.weight"),
-    "a list": (lambda _, file: torch.save([1, 2], file), "holds no weights"),
+    "a list": (lambda _, file: torch.save([1, 2], file), "does not hold weights"),
     "another shape": (other_shape, "hidden1.weight is (64, 784), this one's (128, 784)"),
     "no tensors": (no_tensors, "hidden1.weight is str"),
     "not finite": (not_finite, "not all of its out.bias are finite"),
@@ -197,7 +197,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "a broken sidecar": (with_broken_sidecar, "not a checkpoint's sidecar"),
     "a directory": (lambda _, file: file.mkdir(), "no run's directory"),
     "nothing": (lambda _, file: None, "no such file or directory"),
-    "a pipe": (lambda _, file: os.mkfifo(file), "is no file"),
+    "a pipe": (lambda _, file: os.mkfifo(file), "not a regular file"),
 }
 
 
@@ -221,7 +221,7 @@ def test_what_is_no_checkpoint_is_one_line_and_nothing_in_it_runs(
     (line,) = said.err.splitlines()
     assert line.startswith("mnist-dist: error: given.")
     assert says in line
-    assert "name a run's directory or a checkpoint" in line
+    assert "use a run directory or a checkpoint" in line
     assert said.out == ""
     assert sorted(tmp_path.iterdir()) == before, "nothing was made, and no trap sprung"
 

@@ -313,11 +313,11 @@ GRAIN = Image.fromarray(np.random.default_rng(0).integers(230, 245, (300, 200), 
 PAGE = one_picture(load(find_data("bundled", None)).test)
 BAD: dict[str, tuple[bytes | None, str]] = {
     "missing.png": (None, "no such file"),
-    "text.png": (b"I am no picture", "no PNG or JPEG"),
-    "empty.png": (b"", "no PNG or JPEG"),
-    "picture.gif": (encoded(BLANK, "GIF"), "no PNG or JPEG"),
-    "gif-in-disguise.png": (encoded(BLANK, "GIF"), "no PNG or JPEG"),
-    "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no PNG or JPEG"),
+    "text.png": (b"I am no picture", "not a PNG or JPEG"),
+    "empty.png": (b"", "not a PNG or JPEG"),
+    "picture.gif": (encoded(BLANK, "GIF"), "not a PNG or JPEG"),
+    "gif-in-disguise.png": (encoded(BLANK, "GIF"), "not a PNG or JPEG"),
+    "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a PNG or JPEG"),
     "cut.png": (encoded(PAGE, "PNG")[:2000], "damaged"),
     "cut.jpg": (encoded(PAGE, "JPEG")[:2000], "damaged"),
     "blank.png": (encoded(BLANK, "PNG"), "blank"),
@@ -327,7 +327,7 @@ BAD: dict[str, tuple[bytes | None, str]] = {
     "grain.jpg": (encoded(GRAIN, "JPEG"), "blank"),
     "large.png": (png_header_of(11_000, 11_000), "pixels; scale it down"),
     "bomb.png": (png_header_of(60_000, 60_000), "pixels; scale it down"),
-    "new\nline.png": (b"x", "no PNG or JPEG"),
+    "new\nline.png": (b"x", "not a PNG or JPEG"),
 }
 
 
@@ -365,7 +365,7 @@ def test_what_is_no_file_is_not_waited_for(
 ) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "empty").mkdir()
-    for name, says in (("pipe.png", "is no file"), ("empty", "holds no .png")):
+    for name, says in (("pipe.png", "not a regular file"), ("empty", "contains no .png")):
         assert main(["predict", str(trained), str(tmp_path / name)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert name in line

@@ -136,7 +136,7 @@ def test_an_empty_directory_and_none_are_said_in_one_line(
     assert main(["runs"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "mnist-dist: error: runs: No such file or directory; name the directory that holds your "
+        "mnist-dist: error: runs: No such file or directory; use the directory that contains your "
         "runs"
     )
     (tmp_path / "runs").mkdir()

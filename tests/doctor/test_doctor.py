@@ -193,7 +193,7 @@ def test_a_read_only_run_directory_is_named(disk: Path, tmp_path: Path) -> None:
     first, second = doctor(tmp_path, f"--run-dir={disk}/runs")
     assert (first.code, second.code) == (1, 1), first.out
     assert f"disk: --run-dir {disk}/runs: {disk} on {HERE} cannot be written" in verdict(first)
-    assert "(Read-only file system); name a directory that can be written" in verdict(first)
+    assert "(Read-only file system); use a writable directory" in verdict(first)
     assert "ok    all-reduce" in first.out, "what does not depend on it is checked all the same"
 
 

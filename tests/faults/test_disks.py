@@ -66,7 +66,7 @@ def test_a_full_disk_is_a_warning_then_a_clear_end_and_older_checkpoints_are_int
     ended, second = run_job(tmp_path, 2, *flags)
     assert (ended.code, second.code) == (1, 1)
     assert "No space left on device" in ended.err
-    assert "training goes on" in ended.err
+    assert "training continues" in ended.err
     assert "Traceback" not in ended.err
     assert set(before) <= set(checkpoints(run))
     for path in before:

@@ -232,7 +232,7 @@ def test_a_capture_that_fails_ends_the_job_with_one_line(stand_ins: StandIns) ->
         trainer.graphs.capture()
     assert str(caught.value) == (
         "--cuda-graphs auto: the training step could not be captured (operation not permitted "
-        "when stream is capturing); give --cuda-graphs off"
+        "when stream is capturing); use --cuda-graphs off"
     )
     assert stand_ins.captures == 1
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.05 / 25)

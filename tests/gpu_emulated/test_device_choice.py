@@ -152,7 +152,7 @@ def test_a_gpu_beyond_the_last_is_refused(fake_gpus: FakeGpus) -> None:
     fake_gpus(1)
     with pytest.raises(UserError) as caught:
         pick_device(Launch("none"), "cuda:1")
-    assert str(caught.value) == "--device cuda:1: this node has 1 GPU; give cuda:0 to cuda:0"
+    assert str(caught.value) == "--device cuda:1: this node has 1 GPU; use cuda:0 to cuda:0"
 
 
 def test_processes_that_share_a_gpu_use_gloo_and_nccl_is_refused(fake_gpus: FakeGpus) -> None:
@@ -199,7 +199,7 @@ def test_srun_tasks_that_see_one_gpu_each_take_number_0(fake_gpus: FakeGpus) -> 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CUDA", "cpu:0", ""])
 def test_a_device_that_is_none_is_refused(device: str, fake_gpus: FakeGpus) -> None:
     fake_gpus(1)
-    with pytest.raises(UserError, match=f"--device {device or repr(device)}: give auto, cpu, cuda"):
+    with pytest.raises(UserError, match=f"--device {device or repr(device)}: use auto, cpu, cuda"):
         pick_device(Launch("none"), device)
 
 
@@ -211,9 +211,7 @@ def our_lines(ended: Ended) -> list[str]:
 def test_a_bad_device_on_the_command_line_is_one_line_and_no_run(tmp_path: Path) -> None:
     ended = command(tmp_path, "python", SCRIPT, "--data=bundled", "--device", "gpu")
     assert ended.code == 2
-    assert ended.err == (
-        "mnist-dist: error: --device gpu: give auto, cpu, cuda, or one GPU as cuda:0\n"
-    )
+    assert ended.err == ("mnist-dist: error: --device gpu: use auto, cpu, cuda or cuda:N\n")
     assert list(tmp_path.iterdir()) == []
 
 

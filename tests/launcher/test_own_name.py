@@ -28,7 +28,11 @@ def on_host(name: str, *words: str, hosts: str = "") -> list[str]:
     ("name", "hosts", "problem"),
     [
         ("pod-7f9c", "", "pod-7f9c does not resolve ("),
-        ("far", "192.0.2.77 far", "far resolves to 192.0.2.77, which is no address of this host"),
+        (
+            "far",
+            "192.0.2.77 far",
+            "far resolves to 192.0.2.77, which is not an address of this host",
+        ),
         ("1234567", "", "1234567 resolves to 0.18.214.135, which is no address"),
         ("x" * 64, "", "x" * 64),
         ("near", "127.0.1.1 near", "None"),

@@ -109,7 +109,7 @@ def test_a_file_in_the_run_directorys_place_is_named_and_kept(tmp_path: Path) ->
     (ended,) = run_job(tmp_path, 1, f"--run-dir={file}", *SMALL)
     assert ended.code == 2
     (line,) = ended.err.splitlines()
-    assert f"--run-dir {file}: is a file; name a directory" in line
+    assert f"--run-dir {file}: is a file; use a writable directory" in line
     assert file.read_text() == "mine"
 
 

@@ -135,7 +135,7 @@ def test_other_data_than_mnist_is_not_accepted_from_the_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(packed(tmp_path), monkeypatch) as mirror:
-        assert_bundled(find_data("auto", None), f"{mirror.url}: serves another data set")
+        assert_bundled(find_data("auto", None), f"{mirror.url}: serves data other than MNIST")
     assert left_in_cache(tmp_path) == {"mnist.pt.lock"}
 
 

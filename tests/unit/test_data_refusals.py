@@ -133,7 +133,7 @@ REFUSED_PROGRAMS = {
     "\\x1b[31m": b"\x8c\x02os\x8c\x05\x1b[31m\x93.",
     "os.a\\nb": b"\x8c\x02os\x8c\x03a\nb\x93.",
     "more than the": b"\x8e" + struct.pack("<Q", 1 << 40),
-    "bytes that any data set needs": b"\x96" + struct.pack("<Q", 1 << 40),
+    "bytes that a data set can need": b"\x96" + struct.pack("<Q", 1 << 40),
     "longer program": b"N" * 20_000,
     "unknown instruction 0xff": b"\xff",
     "cut short": b"cnumpy\ndtype\n",
@@ -197,7 +197,7 @@ WRONG_PICKLES = {
     "strings": (arrays(lambda x, y: (x, y.astype(str))), "array of U"),
     "cut short": (pickled(MADE)[:-1000], "cut short"),
     "empty program": (b"\x80\x04", "cut short"),
-    "followed by more": (pickled(MADE) + b"more", "goes on after the end"),
+    "followed by more": (pickled(MADE) + b"more", "continues after the end"),
 }
 
 
@@ -254,7 +254,7 @@ WRONG_IDX = {
     "of images of the other set's labels": (
         "t10k-labels-idx1-ubyte",
         idx_bytes(MADE.test[0]),
-        "00000803, expected 00000801 for this IDX file; give each of the four files the name",
+        "00000803, expected 00000801 for this IDX file; name each of the four files after",
     ),
     "of labels": ("train-images-idx3-ubyte", idx_bytes(MADE.train[1]), "00000801"),
     "of random bytes": ("t10k-images-idx3-ubyte", b"hello world", "68656c6c"),

@@ -98,7 +98,9 @@ def test_a_host_that_torchrun_cannot_find_is_a_problem(pair: dict[int, Facts]) -
 def test_a_shell_as_process_1_of_a_container_is_a_warning(pair: dict[int, Facts]) -> None:
     (finding,) = check_host(changed(pair, shell_as_init="bash"))
     assert finding.level == "warning"
-    assert finding.text.startswith("process 1 on n2 is the shell bash, which passes no SIGTERM on")
+    assert finding.text.startswith(
+        "process 1 on n2 is the shell bash, which does not forward SIGTERM"
+    )
 
 
 def measured(directory: Path, pair: dict[int, Facts]) -> list[Finding]:

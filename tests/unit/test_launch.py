@@ -119,12 +119,12 @@ def test_half_an_environment_is_refused_and_names_what_is_missing() -> None:
         ({**torchrun_environment(5, 2, 1, "x"), "LOCAL_RANK": "0"}, ["RANK=5 and WORLD_SIZE=2"]),
         (
             {**torchrun_environment(0, 2, 1, "x"), "LOCAL_WORLD_SIZE": "4"},
-            ["contradict each other"],
+            ["contradictory values"],
         ),
-        ({**torchrun_environment(0, 2, 1, "x"), "LOCAL_RANK": "-1"}, ["contradict each other"]),
+        ({**torchrun_environment(0, 2, 1, "x"), "LOCAL_RANK": "-1"}, ["contradictory values"]),
         ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}, ["unset SLURM_STEP_NUM_TASKS"]),
         ({**SRUN, "SLURM_NODEID": "7"}, ["SLURM_STEP_NUM_TASKS=4"]),
-        ({**SRUN, "SLURM_PROCID": "9"}, ["SLURM_PROCID=9", "contradict each other"]),
+        ({**SRUN, "SLURM_PROCID": "9"}, ["SLURM_PROCID=9", "contradictory values"]),
     ],
 )
 def test_variables_that_are_left_over_are_refused_and_named(

@@ -133,7 +133,7 @@ def test_a_damaged_line_is_dropped_with_one_warning_and_the_others_stay(
         writer.open(start, 10 * start, {}, {})
         write_epochs(writer, start + 1)
     (warning,) = warnings
-    assert "metrics.jsonl was damaged or edited: 2 of its lines" in warning
+    assert "metrics.jsonl was damaged or edited: dropped 2 invalid lines" in warning
     assert lines(tmp_path) == points(tmp_path) == [(10, 1.0), (20, 2.0), (30, 3.0)]
 
 
@@ -309,7 +309,7 @@ def write_to_a_full_disk(directory: Path) -> list[str]:
 def test_after_a_full_disk_both_files_have_every_epoch(tmp_path: Path) -> None:
     """What was not written is written as soon as there is room, images included."""
     (warnings,) = run_ranks(write_to_a_full_disk, 1, tmp_path, timeout=60)
-    assert all("File too large" in line and "training goes on" in line for line in warnings)
+    assert all("File too large" in line and "training continues" in line for line in warnings)
     assert sorted("metrics.jsonl" in line for line in warnings) == [False, True]
     assert lines(tmp_path) == points(tmp_path) == [(10 * e, float(e)) for e in range(1, 102)]
     assert len(read(tmp_path).Images("val/confusion")) == 1

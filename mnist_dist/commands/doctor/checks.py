@@ -106,7 +106,7 @@ def check_threads(facts_by_rank: FactsByRank) -> list[Finding]:
         available = f"{counted(cpus, 'CPU')} ({by_quota}{format_ranges(numbers)})"
         if cpus < len(ranks):
             text = f"{len(ranks)} ranks share {available}"
-            remedy = "start fewer, or give each its own (srun --cpus-per-task=N)"
+            remedy = "start fewer ranks, or bind each to its own CPUs (srun --cpus-per-task=N)"
         elif threads > cpus:
             text = f"{threads} threads on {available}"
             remedy = f"unset OMP_NUM_THREADS or set it to {cpus // len(ranks)}"
@@ -134,10 +134,10 @@ def check_host(facts_by_rank: FactsByRank) -> list[Finding]:
             findings.append(Finding("own name", "problem", text, remedy))
         if first.shell_as_init:
             text = (
-                f"process 1 on {first.host} is the shell {first.shell_as_init}, which passes no "
-                "SIGTERM on: whatever stops this container kills the job unsaved"
+                f"process 1 on {first.host} is the shell {first.shell_as_init}, which does "
+                "not forward SIGTERM: stopping this container kills the job without a checkpoint"
             )
-            remedy = "start the job with exec, or below an init (docker run --init)"
+            remedy = "start the job with exec, or under an init (docker run --init)"
             findings.append(Finding("stops", "warning", text, remedy))
     return findings
 
@@ -285,14 +285,14 @@ def _check_disk_of(
     disk = f"--run-dir {run_dir}: {payload.get('directory', run_dir)} on {host}"
     if "error" in payload:
         text = f"{disk} cannot be written ({payload['error']})"
-        yield Finding("disk", level, text, "name a directory that can be written")
+        yield Finding("disk", level, text, "use a writable directory")
     elif payload["free_bytes"] < _MIN_FREE_BYTES:
         text = f"{disk} has {amount(payload['free_bytes'])} left"
-        yield Finding("disk", level, text, "free some space or name another one")
+        yield Finding("disk", level, text, "free some space, or use another disk")
     elif rank == 0:
         if not payload["locks"]:
             risk = "cannot lock files: two jobs in one run directory do not notice each other"
-            yield Finding("disk", "warning", f"{disk} {risk}", "give each job its own --run-dir")
+            yield Finding("disk", "warning", f"{disk} {risk}", "use one --run-dir per job")
         if not payload["flushes_directories"]:
             risk = "cannot flush directories: a power loss may take the newest checkpoint"
             yield Finding("disk", "warning", f"{disk} {risk}", "prefer a local disk, ext4 or xfs")

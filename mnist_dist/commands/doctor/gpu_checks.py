@@ -20,11 +20,11 @@ from mnist_dist.errors import counted
 # What these variables do to the precision of float32 products, and the remedy.
 _TF32_VARIABLES = {
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": (
-        "is without effect: the job sets the precision itself",
+        "has no effect: the job sets the precision itself",
         "unset it, and train with --precision tf32 for TF32",
     ),
     "NVIDIA_TF32_OVERRIDE": (
-        "acts below torch: it overrides --precision, and the job cannot undo it",
+        "overrides --precision inside CUDA's libraries, and the job cannot undo it",
         "unset it",
     ),
 }

@@ -47,7 +47,7 @@ TOLERANCES: Mapping[Precision, float] = {"fp32": 1e-5, "tf32": 2e-3, "bf16": 1e-
 _SEED, _EPOCHS, _GLOBAL_BATCH_SIZE, _LR = 0, 2, 64, 0.05
 REFERENCE = files("mnist_dist.commands.doctor") / "reference.json"
 
-_EXCLUDE = "check the memory and the device there, and train without that node until then"
+_EXCLUDE = "check the memory and the device there, and exclude that node until it is repaired"
 
 
 @dataclass(frozen=True)
@@ -228,8 +228,8 @@ def check_alone(
     remedy = (
         _EXCLUDE
         if len(wrong) < len(payloads)
-        else "if model, optimizer or step were changed, python -m benchmarks.reference makes a new "
-        "curve; else reinstall torch, or check the memory and the device"
+        else "if model, optimizer or step were changed, python -m benchmarks.reference records a "
+        "new curve; otherwise reinstall torch, or check the memory and the device"
     )
     return [Finding("arithmetic", "problem", text, remedy)]
 
@@ -254,7 +254,7 @@ def check_together(
         return [Finding("training", "problem", text, _EXCLUDE)]
     if first or any(payload["step"] is not None for payload in payloads):
         text = f"each rank alone is right, but not all together ({how}){close}"
-        remedy = "train with --shared-memory off, or suspect the network; and report this"
+        remedy = "train with --shared-memory off, or suspect the network; report this"
         return [Finding("training", "problem", text, remedy)]
     speed = f"{payloads[0]['samples_per_second']:,.0f} samples/s"
     text = f"{counted(len(payloads), 'rank')} together follow it{close}, {speed}, {how}"
