@@ -25,7 +25,7 @@ from benchmarks.peers import PEERS, Work
 
 OURS = {"mnist-dist": "ddp", "mnist-dist --step manual": "manual"}
 _OTHER = "{}: not training"
-HEADER = "| processes | | s an epoch | from to | times ddp | times manual |"
+HEADER = "| processes | program | s/epoch | range | vs. ddp | vs. manual |"
 _INSIDE = "--inside"
 
 

@@ -41,8 +41,8 @@ def by_data(data: str, directory: Path) -> Iterator[str]:
     larger = directory / "larger.npz"
     write_larger(data, larger)
     yield (
-        "| data | training samples | convert, once a node, s | read from the cache, s "
-        "| s an epoch | us a sample | MiB a process |"
+        "| data | training samples | conversion, once per node (s) | cache read (s) "
+        "| s/epoch | us/sample | MiB/process |"
     )
     yield "|---" * 7 + "|"
     for name, path in (("full", data), (f"{_TIMES} times", str(larger))):
@@ -59,7 +59,7 @@ def by_data(data: str, directory: Path) -> Iterator[str]:
 
 def by_processes(data: str, directory: Path) -> Iterator[str]:
     """Yield the lines of a table with a row for each number of processes."""
-    yield "| processes | start to first step, s | s an epoch | MiB a process |"
+    yield "| processes | start to first step (s) | s/epoch | MiB/process |"
     yield "|---" * 4 + "|"
     for processes in _PROCESSES:
         first_step = start.seconds_until_output(

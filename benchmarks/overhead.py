@@ -80,7 +80,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.inside:
         return measure(chosen.data, chosen.pairs)
-    print("| processes | steps | pairs of epochs | s without | s with | difference | middle half |")
+    print("| processes | steps | pairs | s/epoch without | s/epoch with | difference | quartiles |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for world_size in chosen.world_sizes:
         module = ["-m", "benchmarks.overhead", _INSIDE, f"--data={chosen.data}"]

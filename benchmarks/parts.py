@@ -27,7 +27,7 @@ from mnist_dist.evaluation import evaluate
 from mnist_dist.model import MLP
 
 _INSIDE = "--inside"
-HEADER = "| processes | an epoch's | s | from to | times the local step |\n|---|---|---|---|---|"
+HEADER = "| processes | part | s/epoch | range | vs. local step |\n|---|---|---|---|---|"
 MATRIX_PRODUCTS, EVALUATION = "matrix products", "evaluation"
 LOCAL_STEP, MANUAL_STEP = "local step", "manual step"
 STEPS: dict[str, tuple[Kind, Transport]] = {

@@ -103,7 +103,7 @@ def measure(data: str, epochs: int) -> None:
                 with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # noqa: PTH123
                     seconds[training.level].append(training.epoch())
     base = statistics.median(seconds["nothing"])
-    print("| recorded | epochs | median s an epoch | difference | all epochs |")
+    print("| recorded | epochs | s/epoch | difference | all epochs |")
     print("|---|---|---|---|---|")
     for level in _LEVELS:
         pairs = [a - b for a, b in zip(seconds[level], seconds["nothing"], strict=True)]

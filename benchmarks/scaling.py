@@ -156,10 +156,10 @@ def check(found: dict[int, dict[str, dict[str, float]]], cores: int) -> Iterator
     (ddp,) = found[2]["ddp"].values()
     fit = {"c0": c0, "c1": c1, "ddp": ddp, "alpha": alpha, "beta": beta}
     yield (
-        f"c0 {1e6 * c0:.0f} us, c1 {1e6 * c1:.2f} us a sample, ddp {1e6 * ddp:.0f} us, "
+        f"c0 {1e6 * c0:.0f} us, c1 {1e6 * c1:.2f} us/sample, ddp {1e6 * ddp:.0f} us, "
         f"alpha {1e6 * alpha:.0f} us, 1/beta {1e-9 / beta:.1f} GB/s, {cores} cores"
     )
-    yield from ("", "| processes | global batch | ms a step | by the model | off by |")
+    yield from ("", "| processes | global batch | ms/step | predicted | error |")
     yield "|---|---|---|---|---|"
     for world_size, kinds in found.items():
         for batch, seconds in kinds["steps"].items():

@@ -110,11 +110,11 @@ def measure(data: str, rounds: int) -> dict[str, list[float]]:
         results.setdefault(name, []).append(value)
 
     for _ in range(rounds):
-        add("import torch, s", seconds_until_output(_BARE_START))
-        add("start to first step, s", seconds_until_output(OUR_START, *flags))
-        add("read the cached data, s", float(run_python(READ, data)))
-    add("a third bare rank, MiB", _memory(_BARE_RANK, [], 3) - _memory(_BARE_RANK, [], 2))
-    add("a third rank of ours, MiB", our_memory(data, 3) - our_memory(data, 2))
+        add("import torch (s)", seconds_until_output(_BARE_START))
+        add("start to first step (s)", seconds_until_output(OUR_START, *flags))
+        add("cache read (s)", float(run_python(READ, data)))
+    add("third bare rank (MiB)", _memory(_BARE_RANK, [], 3) - _memory(_BARE_RANK, [], 2))
+    add("third mnist-dist rank (MiB)", our_memory(data, 3) - our_memory(data, 2))
     return results
 
 
@@ -127,7 +127,7 @@ def _memory(program: str, arguments: list[str], processes: int) -> float:
 
 def table(results: dict[str, list[float]]) -> list[str]:
     """Return the table's lines: medians and spread."""
-    lines = ["| what | median | from to |", "|---|---|---|"]
+    lines = ["| measurement | median | range |", "|---|---|---|"]
     for name, values in results.items():
         spread = f"{min(values):.3f} to {max(values):.3f}"
         lines.append(f"| {name} | {statistics.median(values):.3f} | {spread} |")

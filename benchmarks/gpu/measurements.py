@@ -78,10 +78,10 @@ def _epochs(data: str, device: torch.device, batch: int, rounds: int) -> dict[st
     for name, values in seconds.items():
         middle = statistics.median(values)
         found[name] = {
-            "s an epoch": middle,
+            "s/epoch": middle,
             "from": min(values),
             "to": max(values),
-            "us a step": 1e6 * middle / steps_per_epoch,
+            "us/step": 1e6 * middle / steps_per_epoch,
             **(_profile(built[name]) if name in built and device.type == "cuda" else {}),
             **({"build and capture, s": captures[name]} if name in captures else {}),
         }
@@ -122,9 +122,9 @@ def _profile(steps: Steps) -> dict[str, float]:
         ):
             launches += 1
     return {
-        "launches a step": launches / taken,
-        "kernels a step": kernels / taken,
-        "kernel us a step": 1e6 * busy / taken,
+        "launches/step": launches / taken,
+        "kernels/step": kernels / taken,
+        "kernel us/step": 1e6 * busy / taken,
         "busy while traced": busy / seconds,
         "peak MiB": torch.cuda.max_memory_allocated() / 2**20,
     }
@@ -196,7 +196,7 @@ def _recorded_epochs(run: Path) -> dict[str, float]:
     steps = [record["perf/step_ms"] * 1000 for record in records[1:]]
     times = [record["time"] for record in records]
     whole = [now - before for before, now in itertools.pairwise(times)]
-    return {"us a step": statistics.median(steps), "s an epoch": statistics.median(whole)}
+    return {"us/step": statistics.median(steps), "s/epoch": statistics.median(whole)}
 
 
 def _synchronize(device: torch.device) -> None:
