@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# One host's part of a run over several hosts, with torchrun: start it on every host.
-#   launch/host.sh HEAD:PORT HOSTS NODE_RANK [FLAGS OF train_ddp.py]
+# One node's part of a run over several nodes, with torchrun: start it on every node.
+#   launch/host.sh HEAD:PORT NODES NODE_RANK [FLAGS OF train_ddp.py]
 #   launch/host.sh n1:29400 2 0 --epochs 5     on n1, which must be the host of NODE_RANK 0
 #   launch/host.sh n1:29400 2 1 --epochs 5     on the other
-# HOSTS may be MIN:MAX, e.g. 1:2: the run continues when a host is lost, and takes in one that joins.
-#   PROCESSES     on this host; default: its GPUs, else 2
-#   RUN_ID        the same on all hosts; default: HEAD-PORT
-#   INTERFACE     to talk to the other hosts, e.g. eth0 or ib0; default: the one that leads to HEAD
+# NODES may be MIN:MAX, e.g. 1:2: the run continues when a node is lost, and includes one that joins.
+#   PROCESSES     on this node; default: its GPUs, else 2
+#   RUN_ID        the same on all nodes; default: HEAD-PORT
+#   INTERFACE     to reach the other nodes, e.g. eth0 or ib0; default: the one that leads to HEAD
 #   MAX_RESTARTS  how often torchrun starts the processes again when one dies; default 3
 #   SETUP_TIMEOUT seconds to wait for HEAD; default 600
-#   RDZV_CONF     more for torchrun's --rdzv-conf, e.g. keep_alive_interval=1
+#   RDZV_CONF     additional entries of torchrun's --rdzv-conf, e.g. keep_alive_interval=1
 set -euo pipefail
 
 usage() { sed -n '3,5s/^# *//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
@@ -30,7 +30,7 @@ read -r address interface <<<"$found" || true
 [ -z "${INTERFACE:-}" ] || export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE}
 [ -z "$interface" ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
 
-# Torch 2.13 cannot take a host in while its agents share their store with the processes.
+# With torch 2.13, a node cannot join while the agents share their store with the processes.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # HEAD may know itself by another name or address than the others do.
 if [ "$node_rank" = 0 ]; then endpoint=localhost:$port is_host=1; else endpoint=$head:$port is_host=0; fi

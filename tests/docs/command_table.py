@@ -119,7 +119,7 @@ COMMANDS: dict[str, Here | By | Never] = {
         "tests/launcher/test_scripts.py::test_local_sh_trains_and_passes_flags_on", '"local.sh"'
     ),
     "launch/host.sh": _HOSTS,
-    "launch/host.sh HEAD:PORT HOSTS NODE_RANK": _HOSTS,
+    "launch/host.sh HEAD:PORT NODES NODE_RANK": _HOSTS,
     "launch/host.sh HOST0:29400 2 0": _HOSTS,
     "launch/host.sh HOST0:29400 2 1": _HOSTS,
     "launch/host.sh n1:29400 2 0 --epochs 5": _HOSTS,

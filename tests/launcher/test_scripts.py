@@ -39,4 +39,4 @@ def test_host_sh_says_its_usage_for_arguments_that_are_none(
 ) -> None:
     ended = command(tmp_path, str(ROOT / "launch" / "host.sh"), *words)
     assert ended.code == 2
-    assert ended.err.startswith("launch/host.sh HEAD:PORT HOSTS NODE_RANK")
+    assert ended.err.startswith("launch/host.sh HEAD:PORT NODES NODE_RANK")
