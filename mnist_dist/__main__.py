@@ -49,7 +49,7 @@ def _usage() -> str:
             "",
             *lines,
             "  --version       print the version",
-            "  --help          print this; COMMAND --help lists the flags of a command",
+            "  --help          print this help; COMMAND --help lists a command's flags",
         ]
     )
 

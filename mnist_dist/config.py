@@ -130,7 +130,7 @@ class TrainConfig:
         group="distributed",
         metavar="DEVICE",
         help="device to train on: `cuda` (one GPU per process), `cuda:N` (GPU N, shared by all "
-        "processes of a node), `cpu`, or `auto` (cuda where every process has a GPU, else cpu)",
+        "processes of a node), `cpu`, or `auto` (cuda where every process has a GPU, otherwise cpu)",
     )
     backend: Literal["auto", "gloo", "nccl"] = flag(
         "auto", help="torch.distributed backend: nccl on GPUs and gloo on CPUs by default"
@@ -143,7 +143,7 @@ class TrainConfig:
     grad_compression: Literal["none", "bf16", "powersgd"] = flag(
         "none",
         help="gradient compression for slow networks: bf16 (GPUs only) or powersgd; both are "
-        "lossy, so that results depend on the number of processes and a resume is not exact",
+        "lossy, so results depend on the number of processes and a resume is not exact",
     )
     setup_timeout: float = flag(
         600.0,

@@ -205,7 +205,7 @@ class Job:
         if diverged:
             raise JobError(
                 f"the weights of {format_ranks(diverged)} differ from the other ranks' after step "
-                f"{state.step} (bad memory or a bug); check that host's memory, and continue from "
+                f"{state.step} (bad memory or a bug); check that node's memory, and continue from "
                 f"{self.run}"
             )
         self._save_or_stop(state, sync, result, save_now=False)

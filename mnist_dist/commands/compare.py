@@ -43,11 +43,11 @@ class CompareConfig:
     """Compare the losses of runs, epoch by epoch, and list what differs between the runs.
 
     Exit code 0: every pair of runs agrees within --rtol. Exit code 1: a pair
-    does not. Exit code 2: bad input.
+    does not. Exit code 2: invalid input.
     """
 
     runs: tuple[str, ...] = argument(metavar="RUN", help="run directories, two or more")
-    rtol: float = flag(1e-5, help="largest relative difference between two losses that is accepted")
+    rtol: float = flag(1e-5, help="largest accepted relative difference between two losses")
     json: bool = flag(False, help="print one JSON object")
 
 

@@ -31,7 +31,7 @@ SplitName = Literal["train", "validation", "test"]
 class EvaluateConfig:
     """Evaluate a trained model on a split, every sample exactly once.
 
-    More processes give the same numbers:
+    Any number of processes gives the same results:
     `torchrun --nproc_per_node=2 -m mnist_dist evaluate ...` or
     `srun python -m mnist_dist evaluate ...`.
     """
@@ -42,7 +42,7 @@ class EvaluateConfig:
     data: str | None = flag(
         None,
         metavar="SOURCE",
-        unset="the data of the run, and no other",
+        unset="the run's data",
         help="data to evaluate on: `auto`, `bundled` or a path, as for training",
     )
     split: SplitName = flag("test", help="split of the data to evaluate on")
@@ -50,7 +50,7 @@ class EvaluateConfig:
     cache_dir: str | None = flag(
         None,
         metavar="DIR",
-        unset="that of the run, $MNIST_DIST_CACHE, or ~/.cache/mnist-dist",
+        unset="the run's, $MNIST_DIST_CACHE, or ~/.cache/mnist-dist",
         help="directory for converted data",
     )
     device: str = flag(

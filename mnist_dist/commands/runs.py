@@ -21,7 +21,9 @@ _LARGEST_FILE = 1 << 28  # bytes; a million epochs of metrics
 class RunsConfig:
     """List the runs in a directory with their status, data and metrics."""
 
-    directory: str = argument("runs", metavar="DIRECTORY", help="directory of runs, or of one run")
+    directory: str = argument(
+        "runs", metavar="DIRECTORY", help="directory that contains runs, or a run directory"
+    )
     json: bool = flag(False, help="print a JSON array with one object per run")
 
 

@@ -26,12 +26,12 @@ class DoctorConfig:
     timeout: float = flag(
         25.0,
         metavar="SECONDS",
-        help="time limit of all checks, to which --train adds 35; the rendezvous may take three "
-        "fifths of it",
+        help="time limit of all checks, of which the rendezvous may use three fifths; --train adds "
+        "35 s",
     )
     train: bool = flag(
         False,
-        help="after the checks, train on the bundled digits for some seconds, and compare every "
+        help="after the checks, train on the bundled digits for a few seconds and compare every "
         "loss with a reference curve",
     )
     precision: Literal["fp32", "tf32", "bf16"] = flag("fp32", help="precision of --train")
