@@ -130,7 +130,7 @@ class TrainConfig:
         group="distributed",
         metavar="DEVICE",
         help="device to train on: `cuda` (one GPU per process), `cuda:N` (GPU N, shared by all "
-        "processes of a node), `cpu`, or `auto` (cuda where every process has a GPU, otherwise cpu)",
+        "processes of a node), `cpu`, or `auto` (cuda if every process has a GPU, else cpu)",
     )
     backend: Literal["auto", "gloo", "nccl"] = flag(
         "auto", help="torch.distributed backend: nccl on GPUs and gloo on CPUs by default"

@@ -168,8 +168,8 @@ class MetricsWriter:
                 self._failing.add(error.filename)
                 if error.filename not in failing_before:
                     self._warn(
-                        f"{error.filename} cannot be written yet ({error.strerror}); training "
-                        "goes on"
+                        f"{error.filename} cannot be written yet ({error.strerror}); "
+                        "training continues"
                     )
 
     def sync(self) -> None:

@@ -253,8 +253,8 @@ class TrainState:
         self._check_same_run(saved)
         if fault := state_dict_mismatch(saved["model"], self.model):
             raise UserError(
-                f"--run-dir: its checkpoint is not of {type(self.model).__name__}: "
-                f"{fault}; use another --run-dir"
+                "--run-dir: its checkpoint is of a model other than "
+                f"{type(self.model).__name__}: {fault}; use another --run-dir"
             )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])

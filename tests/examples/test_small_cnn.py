@@ -107,7 +107,7 @@ def test_a_checkpoint_of_the_old_model_is_refused_in_one_line_and_stays_as_it_wa
     ended = in_clone(clone, "python", "-c", USE_OF_ANOTHER_MODEL, str(old))
     assert (ended.code, ended.out) == (2, "")
     resumed, predicted = ended.err.splitlines()
-    assert "--run-dir: its checkpoint is not of SmallCNN: it has no 1." in resumed
+    assert "--run-dir: its checkpoint is of a model other than SmallCNN: it has no 1." in resumed
     assert (
         "best.pt: does not hold weights of this project's model, SmallCNN: it has no 1."
         in predicted

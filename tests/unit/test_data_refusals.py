@@ -118,7 +118,7 @@ REFUSED_PROGRAMS = {
     "PERSID": b"Pmodel\n.",
     "EMPTY_DICT": b"}.",
     "EMPTY_SET": b"\x8f.",
-    "the pickle changes something else": b"cnumpy\ndtype\n(NU\x01xtb.",
+    "the pickle modifies something other": b"cnumpy\ndtype\n(NU\x01xtb.",
     "in the encoding rot13": b"c_codecs\nencode\n(U\x01xX\x05\x00\x00\x00rot13tR.",
     "in the encoding zip": b"c_codecs\nencode\n(U\x01xX\x03\x00\x00\x00ziptR.",
     "numpy.dtype.__class__": b"\x8c\x05numpy\x8c\x0fdtype.__class__\x93.",
@@ -134,7 +134,7 @@ REFUSED_PROGRAMS = {
     "os.a\\nb": b"\x8c\x02os\x8c\x03a\nb\x93.",
     "more than the": b"\x8e" + struct.pack("<Q", 1 << 40),
     "bytes that a data set can need": b"\x96" + struct.pack("<Q", 1 << 40),
-    "longer program": b"N" * 20_000,
+    "more instructions": b"N" * 20_000,
     "unknown instruction 0xff": b"\xff",
     "cut short": b"cnumpy\ndtype\n",
 }
@@ -261,7 +261,7 @@ WRONG_IDX = {
     "empty": ("train-labels-idx1-ubyte", b"", "cut short"),
     "a header": ("train-images-idx3-ubyte", idx_bytes(IMAGES)[:10], "cut short"),
     "short": ("train-images-idx3-ubyte", idx_bytes(IMAGES)[:-1], "47,040 bytes expected, 47,039"),
-    "long": ("t10k-labels-idx1-ubyte", idx_bytes(MADE.test[1]) + b"\0", "goes on"),
+    "long": ("t10k-labels-idx1-ubyte", idx_bytes(MADE.test[1]) + b"\0", "continues after"),
     "without images": ("train-images-idx3-ubyte", idx_bytes(IMAGES[:0]), "no samples"),
     "of 27 x 28": ("train-images-idx3-ubyte", idx_bytes(IMAGES[:, 1:]), "shape (60, 27, 28)"),
     "of a claimed 3 TB": (

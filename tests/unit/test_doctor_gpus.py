@@ -111,8 +111,8 @@ def test_versions_of_unused_libraries_may_differ(node: dict[int, Facts]) -> None
 @pytest.mark.parametrize(
     ("name", "level", "expected"),
     [
-        ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "warning", "=1 is without effect: the job sets"),
-        ("NVIDIA_TF32_OVERRIDE", "warning", "=1 acts below torch: it overrides --precision"),
+        ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "warning", "=1 has no effect: the job sets"),
+        ("NVIDIA_TF32_OVERRIDE", "warning", "=1 overrides --precision"),
     ],
 )
 def test_a_tf32_override_is_a_warning(

@@ -113,10 +113,10 @@ def test_half_an_environment_is_refused_and_names_what_is_missing() -> None:
 @pytest.mark.parametrize(
     ("changed", "names"),
     [
-        ({"RANK": "0"}, ["RANK=0", "LOCAL_WORLD_SIZE is not", "unset RANK;"]),
+        ({"RANK": "0"}, ["RANK=0", "without LOCAL_WORLD_SIZE", "unset RANK;"]),
         ({"WORLD_SIZE": "1"}, ["WORLD_SIZE=1", "unset WORLD_SIZE;"]),
         ({"RANK": "3", "WORLD_SIZE": ""}, ["unset RANK WORLD_SIZE;"]),
-        ({**torchrun_environment(5, 2, 1, "x"), "LOCAL_RANK": "0"}, ["RANK=5 and WORLD_SIZE=2"]),
+        ({**torchrun_environment(5, 2, 1, "x"), "LOCAL_RANK": "0"}, ["RANK=5 WORLD_SIZE=2"]),
         (
             {**torchrun_environment(0, 2, 1, "x"), "LOCAL_WORLD_SIZE": "4"},
             ["contradictory values"],
