@@ -4,12 +4,11 @@
 """
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 from mnist_dist import __version__
-from mnist_dist.errors import ReportedError, escape_unprintable, print_result
+from mnist_dist.errors import ReportedError, UserError, prepare_streams, print_line, print_result
 
 # Each module has `run(flags)`, which returns the exit code or exits the process. Only the module of
 # the command is imported, since importing torch takes seconds.
@@ -26,18 +25,27 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    escape_unprintable()
-    words = list(sys.argv[1:] if argv is None else argv)
+    prepare_streams()
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except ReportedError as error:
+        print_line(f"{error.kind}: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(words: Sequence[str]) -> int:
     match words:
         case ["--version"]:
             print_result(f"mnist-dist {__version__}")
         case ["--help" | "-h"] | []:
             print_result(_usage())
         case [command, *flags] if command in _COMMANDS:
-            return _run(_COMMANDS[command][0], flags)
+            code: int = importlib.import_module(_COMMANDS[command][0]).run(flags)
+            return code
         case [unknown, *_]:
-            print(f"mnist-dist: error: no command {unknown!r}; see --help", file=sys.stderr)
-            return 2
+            raise UserError(f"no command {unknown!r}; see --help")
     return 0
 
 
@@ -52,21 +60,6 @@ def _usage() -> str:
             "  --help          print this help; COMMAND --help lists a command's flags",
         ]
     )
-
-
-def _run(module: str, flags: Sequence[str]) -> int:
-    try:
-        code: int = importlib.import_module(module).run(flags)
-        sys.stdout.flush()
-        return code
-    except ReportedError as error:
-        print(f"mnist-dist: {error.kind}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader has exited, as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Ends of a run that are not bugs, reported once, in one line, without a traceback."""
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -13,7 +14,7 @@ def print_line(line: str) -> None:
     In one write, so that lines of several ranks do not mix.
     """
     with contextlib.suppress(AttributeError, OSError, ValueError):
-        sys.stderr.write(f"mnist-dist: {line}\n")
+        sys.stderr.write(f"mnist-dist: {printable(line)}\n")
         sys.stderr.flush()
 
 
@@ -68,9 +69,12 @@ def print_result(text: str) -> None:
         JobError: it cannot be written.
     """
     try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "it is closed")
         print(text, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:  # at exit, Python flushes it once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             raise JobError(
                 f"the result cannot be written to standard output ({error.strerror}); "
@@ -78,8 +82,17 @@ def print_result(text: str) -> None:
             ) from error
 
 
-def escape_unprintable() -> None:
-    """Print characters that the output's encoding lacks as escapes, in place of an exception."""
+def prepare_streams() -> None:
+    """Let no output raise for its characters, nor go into a file that the program opens.
+
+    Characters that an encoding lacks are printed as escapes. If a standard stream is closed, the
+    next file opened would get its descriptor, and with it what libraries write there.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor: this one
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

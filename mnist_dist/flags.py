@@ -6,15 +6,13 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from mnist_dist.errors import UserError
+from mnist_dist.errors import UserError, print_result
 
 T = TypeVar("T")
 
@@ -112,10 +110,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{' '.join(message.splitlines())}; --help lists every flag")
 
     def print_help(self, file: Any = None) -> None:
-        try:
-            print(self.format_help(), end="", file=file, flush=True)
-        except BrokenPipeError:  # the reader has exited, as after `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print_result(self.format_help().rstrip())
 
 
 def _build_parser(kind: type[Any], program: str) -> _Parser:

@@ -16,7 +16,7 @@ from mnist_dist.commands.runs import (
     read_object,
     read_records,
 )
-from mnist_dist.errors import UserError, printable
+from mnist_dist.errors import UserError, print_result, printable
 from mnist_dist.flags import argument, flag, parse_flags
 
 LOSSES = {"train/loss": "train", "val/loss": "validation"}
@@ -128,7 +128,7 @@ def run(flags: Sequence[str]) -> int:
     runs = [_load(Path(name)) for name in config.runs]
     pairs = [_compare(a, b, config.rtol) for a, b in combinations(runs, 2)]
     if config.json:
-        print(json.dumps(_as_json(runs, pairs, config.rtol)))
+        print_result(json.dumps(_as_json(runs, pairs, config.rtol)))
     else:
         _print(runs, pairs, config.rtol)
     return 1 if any(pair.first_beyond is not None for pair in pairs) else 0
@@ -238,19 +238,19 @@ def _recorded(environment: Mapping[str, Any]) -> dict[str, Any]:
 def _print(runs: Sequence[_Run], pairs: Sequence[Comparison], rtol: float) -> None:
     for each in runs:
         if each.notes:
-            print(f"note: {each.name}: {'; '.join(each.notes)}")
+            print_result(f"note: {each.name}: {'; '.join(each.notes)}")
     for pair in pairs:
         count = f"{len(pair.epochs)} epoch{'s' if len(pair.epochs) > 1 else ''}"
         verdict = f"within {rtol:g} in {count}"
         if pair.first_beyond is not None:
             verdict = f"beyond {rtol:g} from epoch {pair.first_beyond} on, of {count}"
-        print(f"{pair.names[0]} and {pair.names[1]}: {verdict}")
+        print_result(f"{pair.names[0]} and {pair.names[1]}: {verdict}")
         losses = [f"{LOSSES[tag]} {_describe(found)}" for tag, found in pair.largest.items()]
-        print(f"  losses  largest relative difference: {', '.join(losses)}")
+        print_result(f"  losses  largest relative difference: {', '.join(losses)}")
         differing = [f"{name}: {_shown(a)}, {_shown(b)}" for name, (a, b) in pair.differing.items()]
-        print(f"  differ  {'; '.join(differing) or 'no setting, version or world'}")
+        print_result(f"  differ  {'; '.join(differing) or 'no setting, version or world'}")
         if pair.first_beyond is not None:
-            print(f"  cause   {_explain(pair)}")
+            print_result(f"  cause   {_explain(pair)}")
 
 
 def _describe(difference: Difference) -> str:

@@ -1,7 +1,6 @@
 """`mnist-dist predict`: the digits in image files."""
 
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import nn
 
 from mnist_dist.commands.loading import load_model
 from mnist_dist.commands.preprocessing import find_images, read_digit
-from mnist_dist.errors import UserError, print_result, printable
+from mnist_dist.errors import UserError, print_line, print_result, printable
 from mnist_dist.flags import argument, flag, parse_flags
 from mnist_dist.model import pixels
 
@@ -93,7 +92,7 @@ def run(flags: Sequence[str]) -> int:
 
 
 def _print_error(error: UserError) -> int:
-    print(f"mnist-dist: error: {error}", file=sys.stderr)
+    print_line(f"error: {error}")
     return error.exit_code
 
 

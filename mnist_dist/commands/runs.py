@@ -73,7 +73,7 @@ def run(flags: Sequence[str]) -> int:
     elif runs:
         _print_table(runs)
     else:
-        print_result(f"no runs in {config.directory}")
+        print_result(f"no runs in {printable(config.directory)}")
     return 0
 
 

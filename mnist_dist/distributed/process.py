@@ -25,7 +25,7 @@ from mnist_dist.errors import (
     NodeError,
     RendezvousError,
     ReportedError,
-    escape_unprintable,
+    prepare_streams,
     print_line,
 )
 from mnist_dist.torch_internals import default_store
@@ -64,7 +64,7 @@ def _run_rank(work: Callable[[Launch], int | None]) -> int:
 
 def run_process(main: Callable[[], int]) -> NoReturn:
     """Run `main` as a process of its own: a bug prints its traceback, and the process exits."""
-    escape_unprintable()
+    prepare_streams()
     try:
         code = main()
     except Exception:

@@ -1,18 +1,27 @@
 """Edges that a stranger found: closed pipes, half an environment, lost files, tiny data."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT, command, completed_run, run_job
+from processes import ROOT, Ended, command, completed_run, run_job
 
 from mnist_dist.data import find_data, load
 
 SCRIPT = str(ROOT / "train_ddp.py")
 SMALL = ["--data=bundled", "--train-samples=300", "--epochs=3"]
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a run and a copy of it."""
+    directory = tmp_path_factory.mktemp("runs")
+    shutil.copytree(completed_run(directory, 1, *SMALL), directory / "two")
+    return directory
 
 
 def test_the_first_bundled_samples_hold_every_digit() -> None:
@@ -113,20 +122,73 @@ def test_a_file_in_the_run_directorys_place_is_named_and_kept(tmp_path: Path) ->
     assert file.read_text() == "mine"
 
 
+def shell(directory: Path, line: str, **environment: str) -> Ended:
+    """A line of the shell, in which `mnist-dist` is this checkout's."""
+    function = f'mnist-dist() {{ "{sys.executable}" -m mnist_dist "$@"; }}'
+    ended = subprocess.run(
+        ["bash", "-c", f"{function}\n{line}"],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_result_that_cannot_be_written_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
-    script = f"{sys.executable} -m mnist_dist runs {tmp_path} > /dev/full"
-    ended = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
-    assert ended.returncode == 1
-    (line,) = ended.stderr.splitlines()
+@pytest.mark.parametrize(
+    ("words", "target"),
+    [("runs .", "> /dev/full"), ("runs --help", ">&-"), ("--help", "1< /dev/null")],
+)
+def test_a_result_that_cannot_be_written_is_one_line_and_exit_code_1(
+    words: str, target: str, tmp_path: Path
+) -> None:
+    ended = shell(tmp_path, f"mnist-dist {words} {target}")
+    assert ended.code == 1
+    (line,) = ended.err.splitlines()
     assert line.startswith("mnist-dist: error: the result cannot be written to standard output")
 
 
-def test_names_that_the_output_cannot_encode_are_printed_as_escapes(tmp_path: Path) -> None:
-    directory = tmp_path / "дом\udce9"
+@pytest.mark.parametrize(
+    ("words", "target"),
+    [("compare run-1 two", "> /dev/full"), ("compare run-1 two --json", ">&-")],
+)
+def test_a_comparison_that_cannot_be_written_is_no_difference_and_no_traceback(
+    words: str, target: str, two_runs: Path
+) -> None:
+    ended = shell(two_runs, f"mnist-dist {words} {target}")
+    assert ended.code == 1
+    (line,) = ended.err.splitlines()
+    assert line.startswith("mnist-dist: error: the result cannot be written to standard output")
+
+
+def test_a_comparison_whose_reader_leaves_is_silent(two_runs: Path) -> None:
+    ended = shell(two_runs, "mnist-dist compare run-1 two | true; exit ${PIPESTATUS[0]}")
+    assert (ended.code, ended.err) == (0, "")
+
+
+def test_files_never_get_the_descriptor_of_a_stream_that_is_closed(tmp_path: Path) -> None:
+    """Otherwise what a library writes to standard error ends in a checkpoint."""
+    code = (
+        "import os; from mnist_dist.errors import prepare_streams; prepare_streams();"
+        "fd = os.open('file', os.O_CREAT | os.O_WRONLY); os.write(1, b'x'); os.write(2, b'x');"
+        "os._exit(fd)"
+    )
+    line = f'"{sys.executable}" -c "{code}" >&- 2>&- <&-; [ $? -gt 2 ] && [ ! -s file ]'
+    assert shell(tmp_path, line).code == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_names_that_the_output_cannot_encode_are_printed_as_escapes(
+    encoding: str, tmp_path: Path
+) -> None:
+    directory = tmp_path / "дом\udce9\n\x1b[2J"
     directory.mkdir()
     words = [sys.executable, "-m", "mnist_dist", "runs", str(directory)]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    ended = subprocess.run(words, capture_output=True, text=True, env=environment)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert "\\u0434\\u043e\\u043c" in ended.stdout
+    ended = subprocess.run(
+        words, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    (line,) = ended.stdout.splitlines()
+    assert b"\x1b" not in line
+    assert b"\\u0434" in line

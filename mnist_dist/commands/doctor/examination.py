@@ -5,7 +5,6 @@ The ranks exchange results through their store alone, which works where a backen
 
 import dataclasses
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ from mnist_dist.distributed.process_group import init_process_group
 from mnist_dist.distributed.rendezvous import rendezvous
 from mnist_dist.distributed.store import StoreMailbox
 from mnist_dist.distributed.world import World
-from mnist_dist.errors import RendezvousError, ReportedError, counted
+from mnist_dist.errors import RendezvousError, ReportedError, counted, print_line
 
 # Shares of --timeout: for the rendezvous, and for each later stage.
 _RENDEZVOUS_SHARE, _STAGE_SHARE = 0.6, 0.2
@@ -99,8 +98,7 @@ class Examination:
             self._report.add(finding)
             self._print_verdict()
         else:
-            line = f"mnist-dist: error: {finding.check}: {finding.line}"
-            print(line, file=sys.stderr, flush=True)
+            print_line(f"error: {finding.check}: {finding.line}")
 
     def _examine(self) -> None:
         self._report.print(f"mnist-dist doctor: {self._launch.description}")

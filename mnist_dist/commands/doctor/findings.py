@@ -1,8 +1,6 @@
 """What checks find, in words: the ranks it concerns, and the report it is printed in."""
 
 import json
-import os
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from mnist_dist.commands.doctor.facts import Facts
 from mnist_dist.distributed.failures import format_ranges, format_ranks
-from mnist_dist.errors import counted, print_line
+from mnist_dist.errors import JobError, counted, print_line, print_result
 
 T = TypeVar("T")
 
@@ -113,12 +111,11 @@ class Report:
 
     def _write(self, line: str) -> None:
         try:
-            print(line, flush=True)
-        except OSError as error:
-            if not isinstance(error, BrokenPipeError):  # the reader has exited, as after `| head`
-                self.is_lost = True
-                print_line(f"error: the report cannot be written ({error.strerror})")
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not self.is_lost:
+                print_result(line)
+        except JobError as error:
+            self.is_lost = True
+            print_line(f"error: {error}")
 
     def _of_level(self, level: Level) -> list[Finding]:
         return [finding for finding in self.findings if finding.level == level]
