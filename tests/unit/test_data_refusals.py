@@ -464,7 +464,7 @@ def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
 def test_a_newline_in_a_path_does_not_break_the_line(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read(tmp_path / "new\nline")
-    assert_one_line(caught.value, "new line")
+    assert_one_line(caught.value, "new\\nline")
 
 
 def test_a_path_that_may_not_be_read_is_refused() -> None:
