@@ -20,11 +20,10 @@ in half. A full disk refuses what takes space during some operations, and has ro
 import argparse
 import collections
 import ctypes
+import functools
 import hashlib
 import importlib
-import json
 import logging
-import math
 import multiprocessing
 import os
 import random
@@ -35,17 +34,16 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
 import train_ddp
 from benchmarks.disk_model import Disk, Operation, read_trace
+from benchmarks.run_outcome import EPOCHS, FLAGS, RUN, faults_in, read_outcome
 from mnist_dist.run.directory import read_status
 
 # Imported before the fork: a job's imports take longer than the rest of it.
@@ -53,10 +51,6 @@ _LATE_IMPORTS = ["mnist_dist.run.tensorboard", "torch.fx.experimental.symbolic_s
 _LATE_IMPORTS += ["tensorboard.backend.event_processing.event_accumulator"]
 _LIBRARY = "MNIST_DIST_FILE_OPERATIONS"
 _SOURCE = Path(__file__).parent / "file_operations.c"
-_EPOCHS, _STEPS_PER_EPOCH = 5, 3
-_FLAGS = ["--data=bundled", "--train-samples=192", "--keep-checkpoints=2", "--run-dir=runs/x"]
-_FLAGS += ["--lr=0.5", "--momentum=0.9", "--tensorboard=minimal"]  # the best epoch is not the last
-_LAST = _EPOCHS * _STEPS_PER_EPOCH
 # Seconds after which a start counts as hung; on an idle machine it takes one.
 _TIMEOUT_S = 120.0
 # What is run, and which flags of it were run to their end before.
@@ -126,84 +120,6 @@ def start(directory: Path, flags: list[str], watch: Watch | None = None) -> Job:
     return train_ddp.run(flags)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What is compared of a completed run."""
-
-    records: Mapping[tuple[int, bool], Mapping[str, Any]]
-    """Of metrics.jsonl by epoch and whether it is the test's, without what differs in time."""
-    weights: Mapping[str, str]
-    """Digest of the model by checkpoint."""
-
-
-def read_outcome(run: Path) -> tuple[Outcome, list[str]]:
-    """Return what a completed run left, and what contradicts itself in it."""
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
-    records = {(r["epoch"], "test/loss" in r): _without_time(r) for r in found}
-    bad = ["an epoch twice"] * (len(records) < len(found))
-    bad += ["epochs in disorder"] * (list(records) != sorted(records))
-    bad += _tensorboard_differs(run, found)
-    status = json.loads((run / "status.json").read_text())
-    if (status["status"], status["step"], status["saved_step"]) != ("completed", _LAST, _LAST):
-        bad.append(f"status.json: {status['status']}, saved_step {status['saved_step']}")
-    names = ("best.pt", f"step_{_LAST:08d}.pt")
-    return Outcome(records, {n: _weights(run / "checkpoints" / n) for n in names}), bad
-
-
-def _without_time(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in record.items() if k != "time" and not k.startswith("perf/")}
-
-
-def _weights(path: Path) -> str:
-    model = torch.load(path, weights_only=True)["model"]
-    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.values())).hexdigest()
-
-
-def _tensorboard_differs(run: Path, records: list[dict[str, Any]]) -> list[str]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0}).Reload()
-    shown = [(t, p.step, p.value) for t in events.Tags()["scalars"] for p in events.Scalars(t)]
-    expected = [
-        (tag, record["step"], value)
-        for record in records
-        for tag, value in record.items()
-        if (tag == "lr" or "/" in tag) and not isinstance(value, list)
-    ]
-    pairs = zip(sorted(shown), sorted(expected), strict=False)
-    same = all(
-        a[:2] == b[:2] and math.isclose(a[2], b[2], rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs
-    )
-    images = [(tag, i.step) for tag in events.Tags()["images"] for i in events.Images(tag)]
-    twice = ["TensorBoard: an image twice"] * (len(images) > len(set(images)))
-    if same and len(shown) == len(expected):
-        return twice
-    steps = sorted(step for tag, step, _ in shown if tag == "val/loss")
-    return [*twice, f"TensorBoard: other points than metrics.jsonl, val/loss at {steps}"]
-
-
-def faults_in(directory: Path, code: int, reference: Outcome, safe_step: int = 0) -> list[str]:
-    """Return what is wrong with a job that was to complete; nothing if all is as it should be."""
-    log = directory.with_suffix(".log").read_text(errors="replace")
-    last = log.rpartition("\n=== last start\n")[2]
-    if "Traceback" in log:
-        return [f"traceback: {log.strip().splitlines()[-1]}"]
-    if code != 0:
-        return [f"exit code {code}: {last.strip().splitlines()[-1] if last.strip() else ''}"]
-    try:
-        outcome, faults = read_outcome(directory / "runs" / "x")
-    except (OSError, ValueError, KeyError) as error:
-        return [f"{type(error).__name__}: {error}"]
-    missing = reference.records.keys() - outcome.records.keys()
-    faults += [f"missing in metrics.jsonl: {sorted(missing)}"] * bool(missing)
-    faults += ["other metrics"] * (not missing and outcome.records != reference.records)
-    names = [n for n, digest in reference.weights.items() if outcome.weights[n] != digest]
-    faults += [f"other weights in {name}" for name in names]
-    found = re.search(r"resume at step (\d+)", last)
-    resumed = _LAST if "already complete" in last else int(found[1]) if found else 0
-    return faults + [f"from step {resumed}, but {safe_step} was safe"] * (resumed < safe_step)
-
-
 @dataclass
 class Scene:
     """A way to run the job, recorded once from start to end."""
@@ -213,18 +129,18 @@ class Scene:
 
     def __post_init__(self) -> None:
         extra, before = SCENES[self.name]
-        self.flags = [*_FLAGS, *extra, f"--epochs={_EPOCHS}"]
+        self.flags = [*FLAGS, *extra, f"--epochs={EPOCHS}"]
         self.directory.mkdir(parents=True)
         self.initial = self.directory / "initial"
         self.initial.mkdir()
         if before is not None:
-            self._run(self.initial, [*_FLAGS, *extra, *before])
+            self._run(self.initial, [*FLAGS, *extra, *before])
         work = self.directory / "undisturbed"
         shutil.copytree(self.initial, work)
         trace = self.directory / "trace"
         self._run(work, self.flags, Watch(trace))
         self.operations: list[Operation] = list(read_trace(trace, work))
-        self.reference, faults = read_outcome(work / "runs" / "x")
+        self.reference, faults = read_outcome(work / RUN)
         if faults:
             raise RuntimeError(f"{self.name}: the undisturbed run is wrong: {faults}")
 
@@ -285,7 +201,7 @@ class Attempt:
             return faults_in(self.directory, 0, self.scene.reference)
         if code not in (1, 2):
             return [f"exit code {code} on a full disk"]
-        status = read_status(self.directory / "runs" / "x")
+        status = read_status(self.directory / RUN)
         if code == 1 and status == "completed" and SCENES[self.scene.name][1] is None:
             return ["exit code 1, but `completed`"]
         return self._start_again()
@@ -296,6 +212,11 @@ class Attempt:
             digest.update(os.fsencode(path.relative_to(self.directory)))
             digest.update(path.read_bytes() if path.is_file() else b"")
         self.state = digest.hexdigest()
+        seen = self.directory.parent / f"seen-{self.state}-{safe_step}"
+        try:
+            seen.mkdir()
+        except FileExistsError:  # the job was started on the same files, with its result counted
+            return []
         job = Job(0, self.directory)
         with job.log.open("a") as log:
             log.write("\n=== last start\n")
@@ -303,64 +224,42 @@ class Attempt:
         return faults_in(self.directory, code, self.scene.reference, safe_step)
 
 
-FAULTS = {
+FAULTS: dict[str, Callable[[Attempt], list[str]]] = {
     "power losses": Attempt.power_loss,
     "kills": Attempt.kill,
     "full disks": Attempt.full_disk,
 }
 
 
-def disturb(scenes: list[Scene], folder: Path, name: str) -> tuple[str, str, list[str], str]:
-    """Disturb a job; `name` is the seed of all that is random. Returns the row of a result."""
+Result = tuple[str, str, list[str], str]
+
+
+def disturb_each(scenes: list[Scene], folder: Path, until: float, names: list[str]) -> list[Result]:
+    """Disturb jobs one after the other, those that can be started before `until`.
+
+    Args:
+        scenes: what is run.
+        folder: for the jobs' files; those of a wrong outcome stay.
+        until: by the monotonic clock.
+        names: of the disturbances.
+
+    Returns:
+        For each its name, the scene's name, what was wrong, and a digest of what the disturbance
+        left.
+    """
+    return [disturb(scenes, folder, name) for name in names if time.monotonic() < until]
+
+
+def disturb(scenes: list[Scene], folder: Path, name: str) -> Result:
+    """Disturb a job; `name` is the seed of all that is random."""
     rng = random.Random(name)
     kind, scene = name.split("/")[1], rng.choice(scenes)
     attempt = Attempt(scene, folder / name.replace("/", "_").replace(" ", "_"), rng)
     faults = FAULTS[kind](attempt)
     if not faults:
         shutil.rmtree(attempt.directory)
-        attempt.directory.with_suffix(".log").unlink()
+        attempt.directory.with_suffix(".log").unlink(missing_ok=True)
     return name, scene.name, faults, attempt.state
-
-
-Result = tuple[str, str, list[str], str]
-
-
-def disturb_all(
-    scenes: list[Scene], folder: Path, names: list[str], jobs: int, until: float
-) -> Iterator[Result]:
-    """Yield the results of disturbances started before `until`, `jobs` at a time."""
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # of events that a restart replaced
-    receivers = []
-    for number in range(jobs):
-        receiver, sender = multiprocessing.Pipe(duplex=False)
-        if os.fork() == 0:
-            _disturb_each(scenes, folder, names[number::jobs], sender, until)
-        sender.close()
-        receivers.append(receiver)
-    while receivers:
-        for receiver in list(receivers):
-            try:
-                if receiver.poll(0.05):
-                    yield receiver.recv()
-            except EOFError:
-                receivers.remove(receiver)
-
-
-def _disturb_each(
-    scenes: list[Scene],
-    folder: Path,
-    names: list[str],
-    sender: "Connection[Result, Any]",
-    until: float,
-) -> NoReturn:
-    try:
-        for name in names:
-            if time.monotonic() > until:
-                break
-            sender.send(disturb(scenes, folder, name))
-    except BaseException:
-        traceback.print_exc()
-    os._exit(0)
 
 
 def report(results: list[Result], seconds: float) -> list[str]:
@@ -388,6 +287,7 @@ def preload() -> NoReturn:
     compiler = [os.environ.get("CC", "cc"), "-O1", "-shared", "-fPIC", "-o", str(library)]
     subprocess.run([*compiler, str(_SOURCE), "-ldl"], check=True)
     environment = {"LD_PRELOAD": str(library), _LIBRARY: str(library), "OMP_NUM_THREADS": "1"}
+    environment["GIT_DIR"] = os.devnull  # git would take longer than an epoch
     module = [sys.executable, "-m", "benchmarks.crash_states", *sys.argv[1:]]
     os.execve(sys.executable, module, {**os.environ, **environment})
 
@@ -420,7 +320,11 @@ def main() -> None:
         names = [chosen.only] if chosen.only else names
         random.Random(chosen.seed).shuffle(names)
         until = time.monotonic() + 60 * chosen.minutes
-        results = list(disturb_all(scenes, chosen.keep or folder, names, chosen.jobs, until))
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)  # of events that were replaced
+        with multiprocessing.get_context("fork").Pool(chosen.jobs) as pool:
+            action = functools.partial(disturb_each, scenes, chosen.keep or folder, until)
+            shares = [names[number :: chosen.jobs] for number in range(chosen.jobs)]
+            results = [result for share in pool.map(action, shares, 1) for result in share]
     finally:
         shutil.rmtree(folder)
     print("\n".join(report(results, time.monotonic() - started)))

@@ -9,9 +9,7 @@ a hang, without running anything that a file contains, and without changing any 
 """
 
 import argparse
-import contextlib
 import hashlib
-import io
 import itertools
 import json
 import multiprocessing
@@ -21,13 +19,12 @@ import random
 import re
 import resource
 import shutil
-import socket
 import stat
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +33,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.damages import ALL_DAMAGES, damages_of, files_of_run
+
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _PRELOAD = ["train_ddp", "mnist_dist.run.tensorboard", "torch._dynamo", "torch.export"]
 _PRELOAD += [f"mnist_dist.commands.{name}" for name in ("evaluate", "predict", "export", "runs")]
-_PRELOAD += ["mnist_dist.commands.doctor.command"]
-_TIMEOUT_S = 60.0
+_PRELOAD += ["mnist_dist.commands.compare", "mnist_dist.commands.doctor.command"]
+_TIMEOUT_S = 120.0
 _MEMORY = 8 << 30  # bytes that a command may allocate
 
 COMMANDS = {
@@ -49,152 +48,12 @@ COMMANDS = {
     "predict": ["predict", "run", "digit.png", "--json"],
     "export": ["export", "run", "--format=torch", "--output=model.pt2"],
     "runs": ["runs", "run", "--json"],
+    "compare": ["compare", "run", "twin", "--json"],
     "doctor": ["doctor", "--run-dir=run", "--json"],
+    "doctor --train": ["doctor", "--train", "--run-dir=run", "--json", "--timeout=60"],
 }
 # What a command may change of the run and the cache. No command may change anything else.
 _WRITERS = {"train": ("run", "cache"), "evaluate": ("cache",), "export": ("model.pt2",)}
-
-
-class Malicious:
-    """Executed by an unpickler that does not refuse it."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Leave a mark in the working directory."""
-        return os.mkdir, ("executed",)
-
-
-def _rewrite(change: Callable[[bytes, random.Random], bytes]) -> Callable[..., None]:
-    def damage(path: Path, chance: random.Random) -> None:
-        path.write_bytes(change(path.read_bytes(), chance))
-
-    return damage
-
-
-def _replace(make: Callable[[Path], Any]) -> Callable[..., None]:
-    def damage(path: Path, chance: random.Random) -> None:
-        _remove(path)
-        make(path)
-
-    return damage
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _flip(content: bytes, chance: random.Random) -> bytes:
-    changed = bytearray(content)
-    for _ in range(chance.choice([1, 1, 8, 64])):
-        if changed:
-            changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
-    return bytes(changed)
-
-
-def _other_value(value: Any, chance: random.Random) -> Any:
-    """Replace a random value inside `value` by one of another kind."""
-    if isinstance(value, dict | list) and value and chance.random() < 0.8:
-        places = list(value) if isinstance(value, dict) else range(len(value))
-        place = chance.choice(list(places))
-        if chance.random() < 0.2:
-            del value[place]
-        else:
-            value[place] = _other_value(value[place], chance)
-        return value
-    return chance.choice([None, [], {}, -1, 1.5, 10**30, True, "x", "\x1b[31m", [[1]], {"a": 1}])
-
-
-def _wrong_json(content: bytes, chance: random.Random) -> bytes:
-    lines = content.decode().splitlines()
-    with contextlib.suppress(ValueError):
-        return json.dumps(_other_value(json.loads(content), chance)).encode()
-    for _ in range(chance.choice([1, 3])):
-        if lines:
-            number = chance.randrange(len(lines))
-            with contextlib.suppress(ValueError):
-                lines[number] = json.dumps(_other_value(json.loads(lines[number]), chance))
-    return "\n".join([*lines, ""]).encode()
-
-
-def _wrong_state(content: bytes, chance: random.Random) -> bytes:
-    state = torch.load(io.BytesIO(content), weights_only=True)
-    return _saved(_other_value(state, chance))
-
-
-def _saved(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def _with_digest(change: Callable[[bytes, random.Random], bytes]) -> Callable[..., None]:
-    """Change a checkpoint, and the SHA-256 in its sidecar with it."""
-
-    def damage(path: Path, chance: random.Random) -> None:
-        _rewrite(change)(path, chance)
-        sidecar = path.with_suffix(".json")
-        if sidecar.exists():
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "sha256": digest}))
-
-    return damage
-
-
-def _socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path))
-
-
-def _full_directory(path: Path) -> None:
-    path.mkdir()
-    (path / "file").write_text("mine")
-
-
-def _sparse(path: Path) -> None:
-    path.touch()
-    os.truncate(path, 1 << 40)
-
-
-def _swap(path: Path, chance: random.Random) -> None:
-    others = [other for other in _files(Path()) if other.is_file() and other != path]
-    path.write_bytes(chance.choice(others).read_bytes())
-
-
-DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
-    "missing": _replace(lambda path: None),
-    "empty": _replace(lambda path: path.touch()),
-    "FIFO": _replace(lambda path: os.mkfifo(path)),
-    "socket": _replace(_socket),
-    "directory": _replace(_full_directory),
-    "link loop": _replace(lambda path: path.symlink_to(path.name)),
-    "link to another's file": _replace(lambda path: path.symlink_to(Path("other/file").absolute())),
-    "link to nothing": _replace(lambda path: path.symlink_to(Path("other/new").absolute())),
-    "link to a device": _replace(lambda path: path.symlink_to("/dev/zero")),
-    "a terabyte of zeros": _replace(_sparse),
-    "cut": _rewrite(lambda content, chance: content[: chance.randrange(len(content) + 1)]),
-    "flipped bits": _rewrite(_flip),
-    "zeros": _rewrite(lambda content, chance: bytes(len(content))),
-    "noise": _rewrite(lambda content, chance: chance.randbytes(len(content))),
-    "appended noise": _rewrite(lambda content, chance: content + chance.randbytes(99)),
-    "twice": _rewrite(lambda content, chance: content + content),
-    "malicious pickle": _rewrite(lambda content, chance: pickle.dumps(Malicious())),
-    "another file's content": _swap,
-}
-_OF_TEXTS: dict[str, Callable[[Path, random.Random], None]] = {
-    "not UTF-8": _rewrite(lambda content, chance: content.replace(b'"', b'"\xff', 1) + b"\xff\n"),
-    "deep JSON": _rewrite(lambda content, chance: b'{"a":' + b"[" * 100_000 + b"\n"),
-    "a long number": _rewrite(lambda content, chance: b"1" * 10_000),
-    "other JSON": _rewrite(lambda content, chance: chance.choice([b"[]", b"null", b'"x"', b"3"])),
-    "JSON of other kinds": _rewrite(_wrong_json),
-}
-_OF_STATES: dict[str, Callable[[Path, random.Random], None]] = {
-    "malicious checkpoint": _with_digest(lambda content, chance: _saved({"model": Malicious()})),
-    "state of other kinds": _with_digest(_wrong_state),
-}
-_OF_DIRECTORIES = list(DAMAGES)[:10]
-_ALL_DAMAGES = DAMAGES | _OF_TEXTS | _OF_STATES
 
 
 @dataclass(frozen=True)
@@ -225,7 +84,7 @@ class Outcome:
     def fault(self, combination: Combination, expected: "Outcome") -> str | None:
         """Describe what is wrong with it, None if nothing."""
         errors = [line for line in self.err.splitlines() if "mnist-dist: error" in line]
-        if combination.command == "doctor" and self.code == 1:  # a report, not an error
+        if combination.command.startswith("doctor") and self.code == 1:  # a report, no error
             errors = [json.loads(self.out)["verdict"]]
         if self.code is None:
             return "hangs"
@@ -237,6 +96,8 @@ class Outcome:
             return "executed"
         if self.changed:
             return f"changed {', '.join(self.changed)}"
+        if combination.command == "compare" and self.code == 1:  # other losses, which it reports
+            return None if json.loads(self.out)["within"] is False else "works with other results"
         if self.code == 0:
             same = _figures(self.out, combination) == _figures(expected.out, combination)
             return None if same else "works with other results"
@@ -286,7 +147,8 @@ class Trials:
             raise RuntimeError(prepared.err)
         shutil.rmtree(self._template)
         self._work.rename(self._template)
-        self.files = sorted(map(str, _files(self._template)))
+        shutil.copytree(self._template / "run", self._template / "twin")  # for compare
+        self.files = sorted(map(str, files_of_run(self._template)))
         self._expected = {name: self._start(None, COMMANDS[name]) for name in commands}
         for name, outcome in self._expected.items():
             if outcome.code != 0:
@@ -298,7 +160,7 @@ class Trials:
         possible = [
             (file, damage, command)
             for file in self.files
-            for damage in self._damages(file)
+            for damage in damages_of(self._template / file)
             for command in self._commands
         ]
         chance.shuffle(possible)
@@ -309,12 +171,6 @@ class Trials:
         """Run a command on damaged files; return what it did, and what is wrong with that."""
         outcome = self._start(combination, COMMANDS[combination.command])
         return outcome, outcome.fault(combination, self._expected[combination.command])
-
-    def _damages(self, file: str) -> list[str]:
-        if (self._template / file).is_dir():
-            return _OF_DIRECTORIES
-        texts = list(_OF_TEXTS) if file.endswith((".json", ".jsonl", ".lock")) else []
-        return [*DAMAGES, *texts, *(_OF_STATES if file.endswith(".pt") else [])]
 
     def _start(self, combination: Combination | None, words: list[str]) -> Outcome:
         shutil.rmtree(self._work, ignore_errors=True)
@@ -353,7 +209,7 @@ def _child(work: Path, result: Path, combination: Combination | None, words: lis
     os.chdir(work)
     if combination is not None:
         chance = random.Random(combination.seed)
-        _ALL_DAMAGES[combination.damage](Path(combination.file), chance)
+        ALL_DAMAGES[combination.damage](Path(combination.file), chance)
     (result / "before").write_bytes(pickle.dumps(_snapshot(work)))
     from mnist_dist.__main__ import main
 
@@ -361,12 +217,6 @@ def _child(work: Path, result: Path, combination: Combination | None, words: lis
     code = main(words)
     sys.stdout.flush()
     os._exit(code)
-
-
-def _files(root: Path) -> list[Path]:
-    """Return the files and directories of the run and the cache, relative to `root`."""
-    found = [root / "run", root / "cache", *(root / "run").rglob("*"), *(root / "cache").rglob("*")]
-    return sorted(path.relative_to(root) for path in found)
 
 
 def _snapshot(root: Path) -> dict[str, Any]:
@@ -396,7 +246,8 @@ def main() -> int:
         trials = Trials(Path(directory))
         for combination in trials.combinations(options.seed, options.combinations):
             outcome, fault = trials.run(combination)
-            kind = fault.split()[0] if fault else ("works" if outcome.code == 0 else "one line")
+            works = outcome.code == 0 or (combination.command == "compare" and outcome.code == 1)
+            kind = fault.split()[0] if fault else "works" if works else "one line"
             counts[combination.command, kind] += 1
             if fault:
                 faults.append(fault)
