@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -119,7 +120,7 @@ def run(flags: Sequence[str]) -> int:
         raise UserError(f"--rtol {config.rtol:g}: must be 0 or more, such as 1e-5")
     if len(config.runs) < 2:
         raise UserError("RUN: two or more run directories are required; --help lists every flag")
-    paths = [Path(name).resolve() for name in config.runs]
+    paths = [os.path.realpath(name) for name in config.runs]  # unlike resolve, also of a link loop
     if len(set(paths)) < len(paths):
         twice = next(
             name for name, path in zip(config.runs, paths, strict=True) if paths.count(path) > 1

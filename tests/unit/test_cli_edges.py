@@ -162,6 +162,14 @@ def test_a_comparison_that_cannot_be_written_is_no_difference_and_no_traceback(
     assert line.startswith("mnist-dist: error: the result cannot be written to standard output")
 
 
+def test_a_link_loop_in_place_of_a_run_is_one_line_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    ended = shell(tmp_path, "mnist-dist compare loop .")
+    assert ended.code == 2
+    (line,) = ended.err.splitlines()
+    assert "loop" in line
+
+
 def test_a_comparison_whose_reader_leaves_is_silent(two_runs: Path) -> None:
     ended = shell(two_runs, "mnist-dist compare run-1 two | true; exit ${PIPESTATUS[0]}")
     assert (ended.code, ended.err) == (0, "")
