@@ -1,5 +1,6 @@
 """Disks that are full, cannot be written, or lose the run's directory."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,9 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_job
+from processes import Ended, run_job, run_main, run_ranks
 
+from benchmarks import run_outcome as outcome
 from benchmarks.live_job import LiveJob
+from mnist_dist import files
+from mnist_dist.run import checkpoint, directory
+from mnist_dist.run.directory import read_status
 
 FLAGS = ["--data=bundled", "--train-samples=400", "--lr=0.05"]
 
@@ -163,3 +168,72 @@ def test_a_file_where_the_checkpoints_belong_is_named_in_one_line(tmp_path: Path
     (line,) = ended.err.splitlines()
     assert f"Not a directory: {run / 'checkpoints'}" in line
     assert (run / "checkpoints").read_text() == "mine"
+
+
+PLACES = ["metrics.jsonl", "events.out", "best.pt", "best.json", "step_", "status.json"]
+
+
+class RefusedWrites:
+    """A disk that is full at some of the writes to files of one name, counted from 1."""
+
+    def __init__(self, name: str, refused: range) -> None:
+        self.name, self.refused, self.writes = name, refused, 0
+        self._pwrite, self._write = os.pwrite, files.write_atomically
+        patch = pytest.MonkeyPatch()  # not undone: this process runs one job
+        patch.setattr(os, "pwrite", self.pwrite)
+        for module in (checkpoint, directory):
+            patch.setattr(module, "write_atomically", self.write_atomically)
+
+    def pwrite(self, descriptor: int, content: bytes, offset: int) -> int:
+        self.require_room(Path(f"/proc/self/fd/{descriptor}").readlink())
+        return self._pwrite(descriptor, content, offset)
+
+    def write_atomically(self, path: Path, content: bytes) -> None:
+        self.require_room(path)
+        self._write(path, content)
+
+    def require_room(self, path: Path) -> None:
+        if path.name.startswith(self.name):
+            self.writes += 1
+            if self.writes in self.refused:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+def train_on_a_disk_full_at(work: str, name: str, refused: range) -> Ended:
+    disk = RefusedWrites(name, refused)
+    ended = run_main(work, [*outcome.FLAGS, f"--epochs={outcome.EPOCHS}"])
+    assert not refused or disk.writes >= refused.start, "it was never full"
+    (Path(work).with_suffix(".log")).write_text(ended.out + ended.err)
+    return ended
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> outcome.Outcome:
+    work = tmp_path_factory.mktemp("undisturbed")
+    run_ranks(train_on_a_disk_full_at, 1, str(work), "", range(0))
+    return outcome.read_outcome(work / outcome.RUN)[0]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_disk_that_is_full_for_a_while_changes_no_result(
+    place: str, undisturbed: outcome.Outcome, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (ended,) = run_ranks(train_on_a_disk_full_at, 1, str(work), place, range(2, 4))
+    assert "No space left on device" in ended.err
+    assert outcome.faults_in(work, ended.code, undisturbed) == []
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_disk_that_is_full_to_the_end_is_an_error_and_the_next_start_completes_the_run(
+    place: str, undisturbed: outcome.Outcome, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (ended,) = run_ranks(train_on_a_disk_full_at, 1, str(work), place, range(2, 1000))
+    assert ended.code == 1
+    assert "No space left on device" in ended.err.splitlines()[-1]
+    assert read_status(work / outcome.RUN) != "completed"
+    (again,) = run_ranks(train_on_a_disk_full_at, 1, str(work), place, range(0))
+    assert outcome.faults_in(work, again.code, undisturbed) == []
