@@ -212,6 +212,7 @@ class RunDirectory:
         """
         assert self.state is not None
         with self._failing():
+            self._lock.check()
             self.writer.close(self.state.step, {"results": results})
             epoch, step = self.state.epoch, self.state.step
             self._write_status("completed", epoch, step, "all epochs done", False)

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from mnist_dist.files import write_atomically
+
 
 class LogFile:
     """Append records to a file, each whole or not at all; none is lost before it is on disk.
@@ -20,7 +22,7 @@ class LogFile:
         Raises:
             OSError: it cannot be opened; with `exclusive`, it is there already.
         """
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         flags |= os.O_EXCL if exclusive else 0
         self._descriptor = os.open(path, flags, 0o666)
         self._path = path
@@ -51,11 +53,12 @@ class LogFile:
             self._written = offset
 
     def sync(self) -> None:
-        """Return once everything survives power loss.
+        """Return once everything survives power loss, also if the file was deleted before.
 
         Raises:
             OSError: the disk is full or failed; it will be tried again.
         """
+        self._restore()
         self.write()
         covered = self._written
         try:
@@ -69,6 +72,18 @@ class LogFile:
             del self._tail[:covered]
             self._synced += covered
             self._written -= covered
+
+    def _restore(self) -> None:
+        """Write the file again if it was deleted or replaced: the one that is open has it all."""
+        with self._lock, self._naming_file():
+            opened = os.fstat(self._descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(self._path.lstat(), opened):
+                    return
+            write_atomically(self._path, os.pread(self._descriptor, opened.st_size, 0))
+            restored = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            os.dup2(restored, self._descriptor, inheritable=False)
+            os.close(restored)
 
     def close(self) -> None:
         """Close the file."""

@@ -315,6 +315,19 @@ def test_after_a_full_disk_both_files_have_every_epoch(tmp_path: Path) -> None:
     assert len(read(tmp_path).Images("val/confusion")) == 1
 
 
+def test_files_that_are_deleted_while_the_job_runs_are_restored_whole(tmp_path: Path) -> None:
+    writer = opened(tmp_path)
+    write_epochs(writer, 1, 2)
+    writer.sync()
+    for file in tmp_path.iterdir():
+        file.unlink()
+    (tmp_path / "metrics.jsonl").write_text("an editor's copy")
+    write_epochs(writer, 3)
+    writer.sync()
+    write_epochs(writer, 4)
+    assert lines(tmp_path) == points(tmp_path) == [(10 * e, float(e)) for e in range(1, 5)]
+
+
 def complete_on_a_full_disk(directory: Path) -> str | None:
     """Close the writer on a disk without room; why that failed."""
     writer = opened(directory)
