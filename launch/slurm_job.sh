@@ -74,7 +74,7 @@ run_step() {
 finish() { # CODE RUN_DIRECTORY: torchrun ends with 1 after a clean stop, so the status decides
   local status resumable state
   status=$(status_of "$2" status) resumable=$(status_of "$2" resumable)
-  say "the step ended with $1, the run in $2 is ${status:-not started}"
+  say "the step ended with $1; the run in $2 is ${status:-not started}"
   [ "$status" != completed ] || exit 0
   [ "$resumable" = true ] || { [ -z "$status" ] && { $warned || preempted; }; } || exit $(($1 > 0 ? $1 : 1))
   state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null)

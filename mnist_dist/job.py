@@ -95,7 +95,7 @@ class Job:
         if state.epoch > self.config.epochs:
             raise UserError(
                 f"--epochs {self.config.epochs}: the run in {run} has already completed "
-                f"{state.epoch}; use that many or more, or another --run-dir"
+                f"{counted(state.epoch, 'epoch')}; use that many or more, or another --run-dir"
             )
         self._check_best(state)
 

@@ -66,7 +66,7 @@ def state_dict_mismatch(weights: Any, model: nn.Module) -> str | None:
         if found.is_floating_point() != weight.is_floating_point():
             return f"its {name} is {found.dtype}, this one's {weight.dtype}"
     more = [name for name in weights if name not in own]
-    return f"there is no place for its {more[0]}" if more else None
+    return f"it has an unknown {more[0]}" if more else None
 
 
 def pixels(images: Tensor, out: Tensor | None = None) -> Tensor:

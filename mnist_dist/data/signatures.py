@@ -51,7 +51,7 @@ def identify(head: bytes) -> MalformedError | None:
         if text[: len(opening)].lower() == opening:
             return MalformedError(kind, _DOWNLOAD)
     if head and not head.strip(b"\0"):
-        return MalformedError("starts with zeros: it was not completely written")
+        return MalformedError("starts with zeros: it was not written completely")
     return None
 
 

@@ -318,6 +318,6 @@ def load_checkpoint(path: Path, needs_sidecar: bool = True) -> Any:
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a file that is no checkpoint
         raise UserError(
-            f"{path}: not a checkpoint (it would hold tensors and plain values only; nothing in "
-            "it was run)"
+            f"{path}: not a checkpoint, which has tensors and plain values only; nothing in it was "
+            "executed"
         ) from error

@@ -179,7 +179,7 @@ def wrapped_twice_over(trained: Path, file: Path) -> None:
 
 BAD: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "another project": (of_another_project, "does not hold weights of this project's model"),
-    "a name for terminals": (named_by_a_terminal, "no place for its a b\\x1b[31m"),
+    "a name for terminals": (named_by_a_terminal, "it has an unknown a b\\x1b[31m"),
     "sparse weights": (sparse, "its out.weight is not a dense tensor"),
     "weights without memory": (without_memory, "its out.weight is not a dense tensor"),
     "two models": (wrapped_twice_over, "it has no hidden1.weight"),
