@@ -184,7 +184,7 @@ def test_a_loss_that_is_not_finite_in_one_run_only_is_beyond(
         (["one", "one/"], ["one: given twice"]),
         (["one", "gone"], ["gone", "No such file"]),
         (["one", "file"], ["file", "Not a directory"]),
-        (["one", "empty"], ["empty", "not a run's directory"]),
+        (["one", "empty"], ["empty", "not a run directory"]),
         (["one", "young"], ["young", "no finished epoch", "running"]),
         (["one", "later"], ["one and later", "no epoch in common"]),
         (["one", "two", "--rtol=-1"], ["--rtol -1"]),

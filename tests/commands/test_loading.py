@@ -179,14 +179,14 @@ def wrapped_twice_over(trained: Path, file: Path) -> None:
 
 BAD: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "another project": (of_another_project, "does not hold weights of this project's model"),
-    "a name for terminals": (named_by_a_terminal, "it has an unknown a b\\x1b[31m"),
+    "a name for terminals": (named_by_a_terminal, "it has an unknown a\\nb\\x1b[31m"),
     "sparse weights": (sparse, "its out.weight is not a dense tensor"),
     "weights without memory": (without_memory, "its out.weight is not a dense tensor"),
     "two models": (wrapped_twice_over, "it has no hidden1.weight"),
     "a list": (lambda _, file: torch.save([1, 2], file), "does not hold weights"),
     "another shape": (other_shape, "hidden1.weight is (64, 784), this one's (128, 784)"),
     "no tensors": (no_tensors, "hidden1.weight is str"),
-    "not finite": (not_finite, "not all of its out.bias are finite"),
+    "not finite": (not_finite, "its out.bias has values that are not finite"),
     "text": (lambda _, file: file.write_text("weights"), "not a checkpoint"),
     "empty": (lambda _, file: file.write_bytes(b""), "not a checkpoint"),
     "cut short": (cut_short, "not a checkpoint"),
@@ -195,7 +195,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "a bare trap": (lambda _, file: file.write_bytes(pickle.dumps(Trap())), "not a checkpoint"),
     "a foreign sidecar": (with_foreign_sidecar, "SHA-256 differs"),
     "a broken sidecar": (with_broken_sidecar, "not a checkpoint's sidecar"),
-    "a directory": (lambda _, file: file.mkdir(), "no run's directory"),
+    "a directory": (lambda _, file: file.mkdir(), "not a run directory"),
     "nothing": (lambda _, file: None, "no such file or directory"),
     "a pipe": (lambda _, file: os.mkfifo(file), "not a regular file"),
 }

@@ -33,7 +33,7 @@ def on_host(name: str, *words: str, hosts: str = "") -> list[str]:
             "192.0.2.77 far",
             "far resolves to 192.0.2.77, which is not an address of this host",
         ),
-        ("1234567", "", "1234567 resolves to 0.18.214.135, which is no address"),
+        ("1234567", "", "1234567 resolves to 0.18.214.135, which is not an address"),
         ("x" * 64, "", "x" * 64),
         ("near", "127.0.1.1 near", "None"),
         ("near", "::1 near", "None"),

@@ -83,7 +83,7 @@ def test_a_run_without_its_checkpoints_is_not_begun_anew(
     before = [path.read_bytes() for path in kept]
     (ended,) = run_job(tmp_path, 1, f"--run-dir={run}", *SMALL)
     assert ended.code == 2
-    assert "its checkpoints are gone" in ended.err
+    assert "has lost its checkpoints" in ended.err
     assert [path.read_bytes() for path in kept] == before
 
 
