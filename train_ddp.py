@@ -60,7 +60,7 @@ def fit(job: Job, state: TrainState, sync: RankSync) -> None:
     sampler = DistributedSampler[int](split, world.world_size, world.rank, seed=config.seed)
     with (
         prepare_steps(job, state, model, train_step, sync) as steps,  # DDP's hook, CUDA graphs
-        Progress(job.console, config.epochs, sharding, state.step, sync.wait_for_gpu) as progress,
+        Progress(job.console, config.epochs, sharding, state.step, sync.launches.wait) as progress,
     ):
         while state.epoch < config.epochs:
             sampler.set_epoch(state.epoch)  # a new permutation, the same on every rank

@@ -53,10 +53,6 @@ def read_regular(path: Path, limit: int) -> bytes:
 def create_new(path: Path, mode: int = 0o666) -> BinaryIO:
     """Create a file for writing; never follow a link or write into a file that is there.
 
-    Args:
-        path: of the new file, in a directory that exists.
-        mode: permissions, before the umask.
-
     Raises:
         OSError: it cannot be created; FileExistsError if the name is taken, even by a broken link.
     """
@@ -73,15 +69,11 @@ def write_atomically(
     system, and the directory is flushed too, since the rename itself lives there. Its name is new:
     whatever has the name of an earlier one is neither followed nor written into.
 
-    Args:
-        path: where to; its directory exists.
-        content: all of the new file.
-        check: validates the written file before it takes its name; its exceptions propagate, and
-            nothing is left behind.
+    `check` validates the written file before it takes its name, and may raise to leave `path`
+    unchanged. Whatever is raised, no temporary file is left behind.
 
     Raises:
-        OSError: the disk is full or the directory cannot be written; nothing is left behind. It
-            names `path`.
+        OSError: the disk is full or the directory cannot be written; names `path`.
     """
     temporary = path.with_name(f".{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
     try:

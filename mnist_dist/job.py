@@ -177,10 +177,10 @@ class Job:
         # After an epoch's last step the checkpoint follows with the epoch's validation.
         is_last = state.batch == self.sharding.steps_per_epoch
         save_now = self._is_step_due(state) and not is_last
-        sync.limit_launches()
+        sync.launches.add()
         sync.count(steps)
         if sync.is_due or save_now:
-            sync.wait_for_gpu()
+            sync.launches.wait()
             result = sync.exchange(bad_step=state.drain_losses(), lost_run=not self.run.is_held)
             self._check(state, result)
             self._save_or_stop(state, sync, result, save_now)
@@ -193,7 +193,7 @@ class Job:
                 directory is no longer this job's.
             Preempted: a rank was asked to stop; the state is on disk.
         """
-        sync.wait_for_gpu()
+        sync.launches.wait()
         bad_step = state.drain_losses()  # before the payload, which holds their sum
         result = sync.exchange(
             bad_step=bad_step,

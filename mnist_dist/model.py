@@ -48,9 +48,7 @@ def describe(model: nn.Module) -> str:
 def state_dict_mismatch(weights: Any, model: nn.Module) -> str | None:
     """Describe the first mismatch between `weights` and the parameters of `model`; None if none.
 
-    Args:
-        weights: a state dict, or any other object that a file contained.
-        model: compared by name, shape and kind of dtype; the values do not matter.
+    `weights` may be any object that a file contained. Names, shapes and kinds of dtype must match.
     """
     own = model.state_dict()
     if not isinstance(weights, Mapping):
@@ -70,11 +68,9 @@ def state_dict_mismatch(weights: Any, model: nn.Module) -> str | None:
 
 
 def pixels(images: Tensor, out: Tensor | None = None) -> Tensor:
-    """Convert uint8 to float32 byte/256, bitwise the values of the original mnist.pkl.gz.
+    """Convert (N, 784) uint8 to float32 byte/256, bitwise the values of the original mnist.pkl.gz.
 
-    Args:
-        images: (N, 784) uint8.
-        out: (N, 784) float32, to be filled and returned. None: a new tensor.
+    With `out`, fill and return it.
     """
     if out is None:
         return images * (1 / 256)  # one kernel, which gives float32

@@ -112,13 +112,8 @@ def build_optimizer(
 ) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
     """Build SGD and its learning-rate scheduler, None for a constant rate.
 
-    Args:
-        model: on its device already.
-        lr: learning rate; the peak with "onecycle".
-        momentum: 0 for none.
-        weight_decay: L2 penalty.
-        schedule: "constant", or "onecycle" for torch's OneCycleLR over the whole run.
-        total_steps: optimizer steps of the whole run.
+    `model` must be on its device already. With "onecycle", torch's OneCycleLR over `total_steps`,
+    the steps of the whole run, `lr` is the peak.
     """
     optimizer = LeanSGD(model.parameters(), lr, momentum, weight_decay=weight_decay)
     if schedule == "constant":

@@ -122,24 +122,15 @@ def global_batches(
 def random_shifts(largest: int, seed: int, epoch: int, batches: int) -> list[tuple[int, int]]:
     """Return how far each global batch of an epoch is shifted: pixels (down, right).
 
-    The shifts follow from the arguments alone, so every rank has the same, and a resume in the
-    middle of an epoch needs no saved state. A batch is shifted as a whole: that is one operation,
-    whatever its size, and helps the model as much as a shift per sample (docs/performance.md).
-
-    Args:
-        largest: all whole numbers from -largest to largest are equally likely; 0 for no shifts.
-        seed: of the run.
-        epoch: 0-based.
-        batches: global batches in the epoch.
+    All whole numbers from -`largest` to `largest` are equally likely. They follow from the
+    arguments alone, so every rank has the same, and a resume in the middle of an epoch needs no
+    saved state. A batch is shifted as a whole: that is one operation, whatever its size, and helps
+    the model as much as a shift per sample (docs/performance.md).
     """
     if largest == 0:
         return [(0, 0)] * batches
-    generator = random.Random(f"shifts of epoch {epoch}, seed {seed}")
-
-    def offset() -> int:
-        return generator.randint(-largest, largest)
-
-    return [(offset(), offset()) for _ in range(batches)]
+    draw = random.Random(f"shifts of epoch {epoch}, seed {seed}").randint
+    return [(draw(-largest, largest), draw(-largest, largest)) for _ in range(batches)]
 
 
 def shift_images(images: Tensor, down: int, right: int) -> Tensor:

@@ -121,7 +121,7 @@ def _capture(
             job.dataset.train,
             job.sharding,
             config.random_shift,
-            launched=sync.limit_launches,
+            launched=sync.launches.add,
         )
         reasons = world.gather(world.run_on_all(lambda: _capture_or_explain(graphs)))
         reason = next((text for text in reasons if text is not None), None)

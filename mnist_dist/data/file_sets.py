@@ -120,11 +120,7 @@ def find_beside(train_images: Path) -> FileSet:
 
 
 def read_zip(content: bytes, path: Path) -> Splits:
-    """Read a zip: an .npz as Keras writes it, or one with the four files of a data set.
-
-    Args:
-        content: of the zip.
-        path: of the zip, for errors.
+    """Read the zip at `path`: an .npz as Keras writes it, or the four files of a data set.
 
     Raises:
         DataError: a file in it is missing, or its content contradicts its name.

@@ -107,15 +107,10 @@ def describe(splits: Splits, digest: str, source: str) -> str:
 
 
 def make_split(name: str, images: NDArray[Any], labels: NDArray[Any]) -> Split:
-    """Check one split and copy it into canonical form.
-
-    Args:
-        name: the split's name in errors, such as ``train``.
-        images: as in `pixels_as_bytes`.
-        labels: as in `labels_as_integers`.
+    """Check the split `name` and copy it into canonical form.
 
     Raises:
-        MalformedError: as these two, or the lengths are unequal.
+        MalformedError: as `pixels_as_bytes` and `labels_as_integers`, or the lengths are unequal.
     """
     pixels, classes = pixels_as_bytes(name, images), labels_as_integers(name, labels)
     if len(images) != len(labels):

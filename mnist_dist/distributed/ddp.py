@@ -24,9 +24,7 @@ def shared_memory_hook(
     See https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html. The all-reduce is done when this
     returns: the model is one bucket, which leaves nothing to overlap it with.
 
-    Args:
-        state: the all-reduce, and the number of ranks.
-        bucket: gradients of this rank; replaced by the mean.
+    `state` is the all-reduce and the number of ranks; the mean replaces the content of `bucket`.
     """
     all_reduce, world_size = state
     future: torch.futures.Future[Tensor] = torch.futures.Future()
@@ -47,7 +45,7 @@ def register_comm_hook(
 
     Args:
         model: just wrapped, before its first forward pass.
-        world: the ranks, at least two.
+        world: at least two ranks.
         share_memory: let the CPU ranks of a node average in memory they share, where possible.
         timeout: seconds to wait for a rank that does not respond.
         compression: of the gradients; anything but "none" goes over the backend.
@@ -77,9 +75,7 @@ def settle_buckets(model: DistributedDataParallel) -> None:
     lie in a bucket decides in which order an all-reduce adds them up: without this, the first step
     after a resume would differ in its last bits from the same step of an uninterrupted run.
 
-    Args:
-        model: after `register_comm_hook`. Unchanged but for that order: in evaluation mode it draws
-            no random numbers.
+    To be called after `register_comm_hook`. In evaluation mode `model` draws no random numbers.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -108,11 +104,7 @@ def _register_compression(model: DistributedDataParallel, compression: Compressi
 
 
 def compile_or_explain(model: nn.Module, world: World) -> tuple[nn.Module, str | None]:
-    """Compile `model` with torch.compile if that works on every rank, else return it unchanged.
-
-    Args:
-        model: on the world's device.
-        world: the ranks, all of which must call this.
+    """Compile `model` with torch.compile if that works on every rank; all must call this.
 
     Returns:
         The compiled model and None; or `model`, and why it cannot be compiled.

@@ -27,8 +27,8 @@ def pick_device(
 
     Args:
         launch: this process's rank and world size.
-        device: "cpu"; "cuda", a GPU for each process of a node; "cuda:N", GPU N for all of them;
-            or "auto", which is "cuda" where there are enough GPUs, and else "cpu".
+        device: as --device: "cuda" is a GPU for each process of a node, "cuda:N" GPU N for all,
+            "auto" is "cuda" where there are enough GPUs, and else "cpu".
         warn: called with a line if "auto" leaves GPUs unused.
 
     Raises:
@@ -106,11 +106,7 @@ def _use_gpu(index: int) -> torch.device:
 def pick_backend(launch: Launch, device: torch.device, wanted: str, backend: str) -> Backend:
     """Return NCCL where each process has a GPU of its own, else gloo, unless the user chose.
 
-    Args:
-        launch: this process's rank and world size.
-        device: of this process.
-        wanted: the value of --device.
-        backend: "auto", "gloo" or "nccl".
+    `wanted` and `backend` are the values of --device and --backend.
 
     Raises:
         UserError: NCCL without GPUs, or for processes that share one.
@@ -146,10 +142,7 @@ def set_threads(launch: Launch, local_batch_size: int | None = None) -> None:
     The node's CPUs are shared out among its ranks; a training step of few rows takes fewer. A user
     who sets OMP_NUM_THREADS decides; torchrun sets it to 1 on its own, so 1 means nothing there.
 
-    Args:
-        launch: this process's rank and world size.
-        local_batch_size: rows of this rank's matrix products in training; None where that is not
-            known.
+    `local_batch_size` is the number of rows of this rank's matrix products in training, if known.
     """
     chosen = os.environ.get("OMP_NUM_THREADS")
     if chosen is not None and not (chosen == "1" and launch.launcher == "torchrun"):
@@ -163,9 +156,7 @@ def set_threads(launch: Launch, local_batch_size: int | None = None) -> None:
 def threads_per_process(local_world_size: int, cpus_per_task: int | None) -> int:
     """Return the threads for one of `local_world_size` processes that share this node's CPUs.
 
-    Args:
-        local_world_size: processes of this job on this node.
-        cpus_per_task: what Slurm gave to this process alone, if known.
+    `cpus_per_task` is what Slurm gave to this process alone, if known.
     """
     return max(1, min(cpus_per_task or cpus_allowed() // local_world_size, cpus_allowed()))
 
@@ -190,12 +181,7 @@ def cgroup_quota(
 ) -> float | None:
     """Return the lowest CPU quota of this process's cgroup and all its parents, in CPUs.
 
-    Args:
-        groups: lists this process's cgroups, of version 1 and 2.
-        mount: where cgroups are mounted.
-
-    Returns:
-        None if none of them has a quota.
+    None if none of them has a quota. Reads cgroups of version 1 and 2.
     """
     try:
         lines = groups.read_text().splitlines()

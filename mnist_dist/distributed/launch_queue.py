@@ -22,12 +22,9 @@ class LaunchQueue:
     def __init__(
         self, device: torch.device, timeout: float, check: Callable[[float], None]
     ) -> None:
-        """Watch the current stream.
+        """Watch the current stream, and wait at most `timeout` seconds for it.
 
-        Args:
-            device: of this process.
-            timeout: seconds to wait for the GPU.
-            check: called now and then during a wait with its seconds; may raise.
+        `check` is called now and then during a wait, with its seconds so far; it may raise.
         """
         self._on_gpu, self._timeout, self._check = device.type == "cuda", timeout, check
         self._events: deque[torch.cuda.Event] = deque()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mnist_dist.errors import RendezvousError, ReportedError, print_line
+from mnist_dist.errors import RendezvousError, ReportedError, UserError, print_line
 
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR of linux/sockios.h
 _NOTICE_S = 10.0
@@ -30,15 +30,10 @@ _VIRTUAL = ("docker", "veth", "virbr", "br-", "cni", "flannel")
 
 
 def resolve(host: str, port: int, deadline: float) -> str:
-    """Return the IPv4 address of `host`, else its IPv6 address.
-
-    Args:
-        host: a name or an address.
-        port: for the error's text.
-        deadline: `time.monotonic()` at which to give up; an unknown name fails sooner.
+    """Return the IPv4 address of `host`, a name or an address, else its IPv6 address.
 
     Raises:
-        RendezvousError: the name cannot be resolved.
+        RendezvousError: the name cannot be resolved by `deadline`, or sooner if it is unknown.
     """
     deadline = min(deadline, time.monotonic() + _RESOLVE_S)
     while True:
@@ -273,35 +268,32 @@ def _reason(error: OSError) -> str:
 def main() -> int:
     """Check, wait and print as the module's docstring describes; return the exit code."""
     host, port, node_rank = sys.argv[1].strip("[]"), int(sys.argv[2]), int(sys.argv[3])
-    timeout = float(os.environ.get("SETUP_TIMEOUT", "600"))
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + float(os.environ.get("SETUP_TIMEOUT", "600"))
     try:
+        if node_rank > 0:
+            wait_until_reachable(host, port, deadline, print_line)
+        address = resolve(host, port, deadline)
         if node_rank == 0:
-            address = resolve(host, port, deadline)
             require_free(host, port)
+        if name := os.environ.get("INTERFACE"):
+            own = _address_of_chosen(name)
         else:
-            wait_until_reachable(
-                host, port, deadline, lambda line: print(f"mnist-dist: {line}", file=sys.stderr)
-            )
-            address = resolve(host, port, deadline)
+            name, own = interface_towards(address) or ("", address if node_rank == 0 else "")
     except ReportedError as error:
-        print(f"mnist-dist: error: {error}", file=sys.stderr)
+        print_line(f"error: {error}")
         return error.exit_code
-    if name := os.environ.get("INTERFACE"):
-        known = interfaces()
-        if not known.get(name):
-            problem = "has no address" if name in known else "is not an interface of this host"
-            choices = ", ".join(each for each, address in known.items() if address)
-            print(
-                f"mnist-dist: error: INTERFACE={name} {problem}; use one of {choices}",
-                file=sys.stderr,
-            )
-            return 2
-        print(known[name], name)
-        return 0
-    interface, own = interface_towards(address) or ("", address if node_rank == 0 else "")
-    print(own, interface)
+    print(own, name)
     return 0
+
+
+def _address_of_chosen(name: str) -> str:
+    """Return the address of the interface `name`. Raises UserError if it has none."""
+    known = interfaces()
+    if address := known.get(name):
+        return address
+    problem = "has no address" if name in known else "is not an interface of this host"
+    choices = ", ".join(each for each, address in known.items() if address)
+    raise UserError(f"INTERFACE={name} {problem}; use one of {choices}")
 
 
 if __name__ == "__main__":

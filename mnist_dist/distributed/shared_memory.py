@@ -144,11 +144,6 @@ def connect_shared_memory(
 ) -> tuple[SharedMemoryAllReduce | None, str]:
     """Build a SharedMemoryAllReduce where the ranks can have one; every rank must call this.
 
-    Args:
-        world: the ranks.
-        size: elements of the longest vector.
-        timeout: seconds to wait for a rank that does not respond.
-
     Returns:
         None where nothing can be shared, and a description for the user that gives the reason.
     """
@@ -189,11 +184,9 @@ class HostBarrier:
     """
 
     def __init__(self, world: World, timeout: float) -> None:
-        """Connect the ranks; every rank of `world` must call this.
+        """Connect the ranks, at least two on each node; every rank of `world` must call this.
 
-        Args:
-            world: at least two ranks on each node.
-            timeout: seconds to wait for a rank that does not respond.
+        A wait for a rank ends after `timeout` seconds.
 
         Raises:
             OSError: on every rank, if some cannot connect to their peers on the node.

@@ -38,14 +38,9 @@ class StoreMailbox:
         return self.collect([key], deadline)[0]
 
     def collect(self, keys: Sequence[str], deadline: float) -> list[Any | None]:
-        """Wait for the payloads under all `keys`.
+        """Wait until there is a payload under each of `keys`, or until `deadline`; return them.
 
-        Args:
-            keys: one for each payload.
-            deadline: `time.monotonic()` at which to give up.
-
-        Returns:
-            The payloads in the order of `keys`, with None for each that is missing at `deadline`.
+        What is missing at the deadline, a `time.monotonic()`, is None.
         """
         while not self._store.check(list(keys)) and time.monotonic() < deadline:
             time.sleep(_POLL_S)

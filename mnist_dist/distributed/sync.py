@@ -98,15 +98,13 @@ class RankSync:
     def __init__(
         self, world: World, save_every_seconds: float | None = None, step_timeout: float = 120.0
     ) -> None:
-        """Handle stop signals from now on.
+        """Handle stop signals from now on; wait at most `step_timeout` seconds for a GPU.
 
-        Args:
-            world: the ranks, all of which must sync at the same steps.
-            save_every_seconds: interval of checkpoints by the clock, None for none.
-            step_timeout: seconds to wait for steps on a GPU.
+        Checkpoints are due every `save_every_seconds`; None for none by the clock.
         """
         self._world = world
-        self._queue = LaunchQueue(world.device, step_timeout, self._check_wait)
+        self.launches = LaunchQueue(world.device, step_timeout, self._check_wait)
+        """To be waited for before anything is read from the GPU."""
         self._failed_peer: threading.Event | None = None
         self._stop = StopRequest()
         self._stop.listen()
@@ -129,22 +127,6 @@ class RankSync:
         """Steps until `is_due`."""
         return max(1, self._steps_until_next - self._steps)
 
-    def limit_launches(self) -> None:
-        """Wait if too many launches are under way on the GPU; called after each launch.
-
-        Raises:
-            ConnectionError: a peer is gone, or the GPU did not finish in time.
-        """
-        self._queue.add()
-
-    def wait_for_gpu(self) -> None:
-        """Wait until the GPU has taken all steps. Call this before reading anything from it.
-
-        Raises:
-            ConnectionError: a peer is gone, or the GPU did not finish in time.
-        """
-        self._queue.wait()
-
     def _check_wait(self, seconds: float) -> None:
         """End a wait for the GPU early if a peer has failed; a launcher would soon kill us."""
         if self._world.failures is None:
@@ -161,8 +143,8 @@ class RankSync:
         """Exchange flags between all ranks; every rank must call this after the same step.
 
         Args:
-            bad_step: the first step at which this rank's loss was not finite, None if all were.
-            payload: picklable, to travel with the flags.
+            bad_step: the first step at which this rank's loss was not finite.
+            payload: any picklable value, to travel with the flags.
             lost_run: this rank may no longer write into the run's directory.
         """
         self._stop.is_starting = False

@@ -47,11 +47,8 @@ class CheckpointStore:
     ) -> None:
         """Name the directory, and how many of the newest checkpoints to keep with the best.
 
-        Args:
-            directory: created by `open`.
-            keep: number of the newest checkpoints to keep.
-            prepare: called before each write, from the writing thread. May raise OSError instead
-                of the write.
+        `prepare` is called before each write, from the writing thread; it may raise OSError instead
+        of the write.
         """
         self.directory = directory
         self.keep = keep
@@ -91,11 +88,11 @@ class CheckpointStore:
         written is tried again, with the next save and by `flush`, unless the next one replaces it.
 
         Args:
-            state: to be serialized before this returns.
+            state: serialized before this returns.
             step: optimizer steps since the start of the run.
             facts: for the sidecar.
-            best: whether to write `best.pt`.
-            newest: whether to write `step_<step>.pt`.
+            best: write `best.pt`.
+            newest: write `step_<step>.pt`.
             afterwards: called from the writing thread once both are on disk; may raise OSError.
 
         Returns:
@@ -297,10 +294,8 @@ def _naming_file() -> Iterator[None]:
 def load_checkpoint(path: Path, needs_sidecar: bool = True) -> Any:
     """Read a checkpoint onto the CPU, after comparing it with its sidecar; nothing in it is run.
 
-    Args:
-        path: the `.pt` file.
-        needs_sidecar: False accepts a file without one, since best.pt is often copied alone. One
-            that is there must still match.
+    Without `needs_sidecar`, there may be none, since best.pt is often copied alone; one that is
+    there must still match.
 
     Returns:
         What was saved: a dict with TrainState's keys, if this project wrote it.

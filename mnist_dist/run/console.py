@@ -76,14 +76,9 @@ class Progress:
         done: int,
         wait_for_gpu: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start to show a run of `epochs`.
+        """Start to show a run of `epochs`, after `done` steps that earlier starts have taken.
 
-        Args:
-            console: prints the lines.
-            epochs: number of epochs of the whole run.
-            sharding: this rank's local batches.
-            done: steps taken by earlier starts.
-            wait_for_gpu: called before a loss is read.
+        `wait_for_gpu` is called before a loss is read.
         """
         self._wait_for_gpu = wait_for_gpu
         self._console = console
@@ -115,11 +110,9 @@ class Progress:
                 self._bar.close()
 
     def update(self, step: int, loss_sum: Tensor) -> None:
-        """Record optimizer steps up to `step` of the run.
+        """Record the run's optimizer steps up to `step`.
 
-        Args:
-            step: the last.
-            loss_sum: this rank's summed loss of that step, () float32, or of several, (n,).
+        `loss_sum` is this rank's summed loss of that step, () float32, or of several, (n,).
         """
         if self._next == float("inf"):
             return
@@ -246,13 +239,7 @@ _SHOWN_CONFUSIONS = 5
 def summary_fields(
     records: Sequence[Mapping[str, Any]], best_epoch: int, result: Evaluation
 ) -> list[Field]:
-    """Return the results of a finished run.
-
-    Args:
-        records: of all epochs, as in metrics.jsonl.
-        best_epoch: the number of the epoch with the weights in best.pt.
-        result: of those weights on the test split.
-    """
+    """Return the results of a finished run: `records` as in metrics.jsonl, `result` of best.pt."""
     accuracy = f"accuracy {result.accuracy:.2%} of {result.count:,} digits"
     test = f"loss {result.loss:.4f}, {accuracy} (best.pt: weights of epoch {best_epoch})"
     return [

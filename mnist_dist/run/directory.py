@@ -39,13 +39,7 @@ class RunDirectory:
     """Everything a run leaves behind. Every rank may name it; only rank 0 opens it and writes."""
 
     def __init__(self, path: Path, keep_checkpoints: int, warn: Callable[[str], None]) -> None:
-        """Name the directory; nothing is touched before `open`.
-
-        Args:
-            path: of the directory.
-            keep_checkpoints: how many of the newest checkpoints to keep.
-            warn: prints a warning.
-        """
+        """Name the directory; nothing is touched before `open`."""
         self.path = path
         self.writer = MetricsWriter(path, warn)
         self.state: TrainState | None = None
@@ -142,7 +136,7 @@ class RunDirectory:
         """Record that a run starts or continues, and open its metrics.
 
         Args:
-            state: of the run, now and later.
+            state: read again at every later write.
             config: every setting.
             world: describes the processes.
             hparams: what TensorBoard compares runs by.
@@ -202,10 +196,7 @@ class RunDirectory:
         return best
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Mark the run as completed, once all of it is on disk.
-
-        Args:
-            results: for TensorBoard's texts.
+        """Mark the run as completed, once all of it and `results`, for TensorBoard, are on disk.
 
         Raises:
             JobError: something could not be written.
@@ -246,13 +237,8 @@ class RunDirectory:
     ) -> None:
         """Write status.json.
 
-        Args:
-            status: the state of the run.
-            epoch: epochs finished.
-            step: optimizer steps taken.
-            reason: for the user.
-            resumable: the same command may get further without anything being fixed first; launch
-                scripts requeue by it.
+        It is `resumable`, by which launch scripts requeue, if the same command may get further
+        without anything being fixed first.
         """
         self._write_json("status.json", self._status(status, epoch, step, reason, resumable))
 
@@ -316,13 +302,12 @@ def _read_status_file(path: Path) -> dict[str, Any]:
 def find_run_directory(run_dir: str | None, job_id: str | None) -> Path:
     """Return the directory the user named, that of an earlier start of this job, or a new name.
 
+    The path is absolute; nothing is created.
+
     Args:
         run_dir: as the user gave it, or None for `runs/<timestamp>_<launch id>`.
         job_id: the same for every restart of the job, so that a restart finds its unfinished run;
             None if the launcher provides no such name.
-
-    Returns:
-        An absolute path; nothing is created.
     """
     chosen = Path(run_dir).expanduser() if run_dir is not None else _default_path(job_id)
     return chosen.absolute()

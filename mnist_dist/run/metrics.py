@@ -91,7 +91,7 @@ class MetricsWriter:
             epoch: epochs finished.
             step: optimizer steps since the start of the run.
             texts: tables of names and values by title, for TensorBoard's Text page.
-            hparams: values by which TensorBoard's HParams page compares runs.
+            hparams: for TensorBoard's HParams page, which compares runs.
 
         Raises:
             OSError: the directory cannot be written.
@@ -146,11 +146,7 @@ class MetricsWriter:
         """Write the scalars since the last commit as one line of metrics.jsonl; flush TensorBoard.
 
         Both files have then reached the operating system: a kill of the process loses nothing.
-
-        Args:
-            epoch: epochs finished.
-            step: optimizer steps since the start of the run.
-            details: lists by tag, for metrics.jsonl only.
+        `details`, lists by tag, are for metrics.jsonl only.
         """
         if self._writer is None or self._lines is None:
             return

@@ -198,10 +198,11 @@ class TrainState:
             return "it is not a training state"
         if saved["format"] != FORMAT:
             return None
-        example: dict[str, Any] = {"model": {}, "optimizer": {}, "identity": {}, "best_loss": 0.0}
-        example |= {"scheduler": saved.get("scheduler"), "rng": [Tensor()], "loss_sums": [0.0]}
-        example |= dict.fromkeys(_COUNTS, 0)
-        if fault := _kind_mismatch(saved, example, ""):
+        example: dict[str, Any] = {"model": {}, "identity": {}, "best_loss": 0.0}
+        example |= {"rng": [Tensor()], "loss_sums": [0.0]} | dict.fromkeys(_COUNTS, 0)
+        if fault := _kind_mismatch(
+            {"cuda_rng": []} | saved, example | {"cuda_rng": [Tensor()]}, ""
+        ):
             return fault
         if min(saved[name] for name in _COUNTS) < 0:
             return "it has a negative count"
@@ -299,16 +300,14 @@ class TrainState:
 
 def _ranks_fault(saved: dict[str, Any]) -> str | None:
     """Describe what in `saved` that differs between ranks cannot be loaded."""
-    if len(saved["loss_sums"]) != len(saved["rng"]) or not saved["rng"]:
-        return "its loss_sums and rng are from different ranks"
-    on_gpus = saved.get("cuda_rng", [])
-    if not isinstance(on_gpus, list) or len(on_gpus) not in (0, len(saved["rng"])):
-        return "its cuda_rng and rng are from different ranks"
-    if not all(isinstance(state, Tensor) and state.dtype == torch.uint8 for state in on_gpus):
+    on_cpus, on_gpus, losses = saved["rng"], saved.get("cuda_rng", []), saved["loss_sums"]
+    if not on_cpus or len(losses) != len(on_cpus) or len(on_gpus) not in (0, len(on_cpus)):
+        return "its loss_sums, rng and cuda_rng are from different ranks"
+    if any(state.dtype != torch.uint8 for state in on_gpus):
         return "its cuda_rng is not a random state"
     try:
-        for random_state in saved["rng"]:
-            torch.Generator().set_state(random_state)
+        for state in on_cpus:
+            torch.Generator().set_state(state)
     except (RuntimeError, TypeError):
         return "its rng is not a random state"
     return None

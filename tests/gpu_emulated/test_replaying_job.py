@@ -32,7 +32,7 @@ def replay(directory: str, flags: list[str], stop_after: int | None) -> tuple[En
 
         def launched() -> None:
             calls.append("launch")
-            sync.limit_launches()
+            sync.launches.add()
             if calls.count("launch") == stop_after:
                 os.kill(os.getpid(), signal.SIGTERM)
 

@@ -150,7 +150,7 @@ def wait_of_two_ranks(case: str) -> str:
     }
     threading.Timer(0.3, actions[case]).start()
     try:
-        ranks.wait_for_gpu()
+        ranks.launches.wait()
     except ConnectionError as error:
         return str(error)
     return f"done: {len(events.done)}"
@@ -175,7 +175,7 @@ def end_of_rank() -> str:
             if world.rank == 1:
                 raise KeyError("no such digit")
             on_gpu = World(world.launch, GPU, "nccl", world.failures)
-            RankSync(on_gpu, step_timeout=1000).wait_for_gpu()
+            RankSync(on_gpu, step_timeout=1000).launches.wait()
     except (PeerLostError, KeyError) as error:
         if isinstance(error, KeyError):
             time.sleep(3)  # as a real rank, whose connections close when it has ended
@@ -193,10 +193,10 @@ def test_a_rank_that_waits_for_its_gpu_names_the_peer_that_failed_and_why() -> N
 def give_up_gpu(directory: str) -> Ended:
     """A run of one process whose GPU does not get done."""
 
-    def wait_for_gpu(self: RankSync) -> None:
+    def wait(self: LaunchQueue) -> None:
         raise ConnectionError("Timed out after 120 s waiting for the GPU")
 
-    RankSync.wait_for_gpu = wait_for_gpu  # type: ignore[method-assign]
+    LaunchQueue.wait = wait  # type: ignore[method-assign]
     return run_main(directory, ["--data=bundled", "--train-samples=200", "--run-dir=run"])
 
 
