@@ -39,10 +39,6 @@ _IGNORE_INDEX = -100  # F.cross_entropy's default: neither loss nor gradient
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-class CannotCaptureError(Exception):
-    """The model's step cannot be captured; nothing has changed, and it still runs eagerly."""
-
-
 class GraphSteps:
     """The steps of an epoch, taken from tables on the device.
 
@@ -71,7 +67,7 @@ class GraphSteps:
             split: training samples, on the model's device.
             sharding: this rank's local batches.
             max_shift: the largest random shift of a global batch's images, in pixels.
-            steps_per_launch: the most steps in one launch.
+            steps_per_launch: at most.
             launched: called after each launch.
         """
         self._train_step, self._model, self._optimizer = train_step, model, optimizer
@@ -177,13 +173,15 @@ class GraphSteps:
         window = self._window + self._windows.index_select(0, at)[:, None, None]
         return wide.gather(2, window.expand(images.shape))
 
-    def capture(self) -> None:
+    def capture(self) -> str | None:
         """Capture the graphs, with every tensor and random state as it was; collective.
 
         The current stream must not be the default stream, on which nothing can be captured.
 
+        Returns:
+            None; or, if the step reads from the device and can be taken without graphs, why.
+
         Raises:
-            CannotCaptureError: the step reads from the device; it can be taken without graphs.
             JobError: a capture failed for another reason.
         """
         with self._unchanged():
@@ -191,7 +189,8 @@ class GraphSteps:
                 self._next.zero_()
                 self._run(1)
             self._next.zero_()
-            self._run_without_reading()
+            if reason := self._run_without_reading():
+                return reason
             parameters = [p for p in self._model.parameters() if p.grad is not None]
             # Where gradient_norm finds the last step's gradients, whichever graph that was in.
             gradients = [torch.zeros_like(p) for p in parameters]
@@ -199,6 +198,7 @@ class GraphSteps:
                 self._graphs[steps] = self._capture_steps(steps, parameters, gradients)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
+        return None
 
     def _capture_steps(
         self, steps: int, parameters: list[nn.Parameter], gradients: list[Tensor]
@@ -218,13 +218,14 @@ class GraphSteps:
             ) from error
         return graph
 
-    def _run_without_reading(self) -> None:
-        """Take one step in which reading from the device is an error."""
+    def _run_without_reading(self) -> str | None:
+        """Take one step in which reading from the device is an error; return that error."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "a prototype feature"
             torch.cuda.set_sync_debug_mode("error")
         try:
             self._run(1)
+            return None
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             if "synchronizing CUDA operation" not in reason:
@@ -235,7 +236,7 @@ class GraphSteps:
                     f"--cuda-graphs auto: the training step reads from the GPU ({reason}); use "
                     "--cuda-graphs off"
                 ) from error
-            raise CannotCaptureError(reason) from error
+            return reason
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -253,11 +254,7 @@ class GraphSteps:
         device = self._rows.device
         random_state = torch.get_rng_state()
         cuda_random_state = torch.cuda.get_rng_state(device) if self._rows.is_cuda else None
-        cannot_capture = None
-        try:
-            yield
-        except CannotCaptureError as error:
-            cannot_capture = error
+        yield
         torch.set_rng_state(random_state)
         if cuda_random_state is not None:
             torch.cuda.set_rng_state(cuda_random_state, device)
@@ -269,8 +266,6 @@ class GraphSteps:
                     tensor.copy_(before[id(tensor)])
                 else:
                     tensor.zero_()
-        if cannot_capture is not None:
-            raise cannot_capture
 
     def close(self) -> None:
         """Free the graphs; must be called before the process group is destroyed."""

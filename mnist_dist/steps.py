@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
-from mnist_dist.cuda_graphs import CannotCaptureError, GraphSteps, obstacle
+from mnist_dist.cuda_graphs import GraphSteps, obstacle
 from mnist_dist.distributed.ddp import (
     Bfloat16,
     compile_or_explain,
@@ -123,20 +123,11 @@ def _capture(
             config.random_shift,
             launched=sync.launches.add,
         )
-        reasons = world.gather(world.run_on_all(lambda: _capture_or_explain(graphs)))
+        reasons = world.gather(world.run_on_all(graphs.capture))
         reason = next((text for text in reasons if text is not None), None)
     if graphs is None or reason is not None:
         return None, f", no CUDA graphs: {reason}"
     return graphs, f", CUDA graphs of {counted(graphs.steps_per_launch, 'step')}"
-
-
-def _capture_or_explain(graphs: GraphSteps) -> str | None:
-    """Capture `graphs`; return why they cannot be captured, None on success."""
-    try:
-        graphs.capture()
-    except CannotCaptureError as error:
-        return str(error)
-    return None
 
 
 def replay_epoch(

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DistributedSampler
 
 import train_ddp
-from mnist_dist.cuda_graphs import CannotCaptureError, GraphSteps, obstacle
+from mnist_dist.cuda_graphs import GraphSteps, obstacle
 from mnist_dist.errors import JobError
 from mnist_dist.model import MLP
 from mnist_dist.optimizer import build_optimizer, gradient_norm
@@ -211,9 +211,7 @@ def test_a_step_that_reads_from_the_device_is_not_captured_and_nothing_has_chang
             either.train_epoch(0)
     torch.manual_seed(7)
     before = trainer.snapshot()
-    with pytest.raises(CannotCaptureError) as caught:
-        trainer.graphs.capture()
-    assert str(caught.value) == "called a synchronizing CUDA operation"
+    assert trainer.graphs.capture() == "called a synchronizing CUDA operation"
     after = trainer.snapshot()
     assert is_same(before, after if has_trained else [after[0], *after[-2:]])
     assert stand_ins.sync_modes == ["error", "default"]
