@@ -188,7 +188,6 @@ def _name(field: dataclasses.Field[Any]) -> str:
 
 
 def _usage(field: dataclasses.Field[Any]) -> str:
-    """The field in the line `usage`."""
     name, required = _name(field), field.default is dataclasses.MISSING
     if not field.metadata.get("positional"):
         return f"{name} {field.name.upper()}" if required else ""
@@ -197,7 +196,6 @@ def _usage(field: dataclasses.Field[Any]) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    """The default as --help shows it."""
     match field.default:
         case dataclasses.MISSING:
             return "(required)"

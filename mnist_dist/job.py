@@ -181,7 +181,7 @@ class Job:
         sync.count(steps)
         if sync.is_due or save_now:
             sync.launches.wait()
-            result = sync.exchange(bad_step=state.drain_losses(), lost_run=not self.run.is_held)
+            result = sync.exchange(bad_step=state.drain_losses(), lost_run=self.run.find_fault())
             self._check(state, result)
             self._save_or_stop(state, sync, result, save_now)
 
@@ -198,7 +198,7 @@ class Job:
         result = sync.exchange(
             bad_step=bad_step,
             payload=state.local_payload(self.world),
-            lost_run=not self.run.is_held,
+            lost_run=self.run.find_fault(),
         )
         self._check(state, result)
         loss_sum, diverged = state.merge_payloads(result.payloads)
@@ -219,8 +219,8 @@ class Job:
                 f"the loss at step {step} (epoch {state.epoch + 1}) on rank {rank} is not finite; "
                 f"{NOT_FINITE_REMEDY}"
             )
-        if result.lost_run:
-            self.world.on_main(self.run.check_held)
+        if result.lost_run is not None:
+            raise JobError(result.lost_run)
 
     def _save_or_stop(
         self, state: TrainState, sync: RankSync, result: SyncResult, save_now: bool

@@ -92,7 +92,6 @@ def prepare_steps(
 
 
 def _applied(job: Job, model: nn.Module) -> list[str]:
-    """Return what `prepare_model` applied."""
     is_compiled = any(hasattr(module, "_orig_mod") for module in model.modules())
     precision = job.config.precision
     return ["compiled"] * is_compiled + [precision] * (precision != "fp32")

@@ -7,7 +7,7 @@ Fashion-MNIST), with a prefix and ``test`` in place of ``t10k`` (EMNIST, QMNIST)
 
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -40,29 +40,25 @@ Files = dict[str, Callable[[], bytes]]
 
 @dataclass(frozen=True)
 class FileSet:
-    """The four files of a data set: their paths, in the order of `_ROLES`, and how to read them."""
+    """The four files of a data set: their paths and contents, in the order of `_ROLES`."""
 
     prefix: str
     paths: tuple[str, ...]
-    files: Files
+    contents: tuple[bytes, ...]
 
     @property
     def is_transposed(self) -> bool:
         """Whether the images have rows and columns exchanged: all of EMNIST has."""
         return self.prefix.startswith("emnist-")
 
-    def contents(self) -> tuple[bytes, ...]:
-        """Read the files. Raises `DataError`, which names the one that cannot be read."""
-        return tuple(_read_named(path, self.files[path]) for path in self.paths)
-
-    def parse(self, contents: Iterable[bytes]) -> Splits:
-        """Parse what `contents` returned.
+    def parse(self) -> Splits:
+        """Parse the contents.
 
         Raises:
-            DataError: a file cannot be read, or its content contradicts its name.
+            DataError: the content of a file contradicts its name.
             MalformedError: the files do not belong together.
         """
-        files = zip(self.paths, contents, _ROLES, strict=True)
+        files = zip(self.paths, self.contents, _ROLES, strict=True)
         x_train, y_train, x_test, y_test = (_array(*file) for file in files)
         if self.is_transposed:
             x_train, x_test = (
@@ -82,7 +78,7 @@ def find_in_directory(directory: Path) -> FileSet:
     """Find the data set in a directory, its ``raw`` (torchvision) or ``gzip`` (EMNIST), or a child.
 
     Raises:
-        DataError: there is none, a file is missing, or there are several.
+        DataError: there is none, a file is missing or cannot be read, or there are several.
         OSError: the directory cannot be read.
     """
     for folder in _with_subfolders(directory):
@@ -112,7 +108,7 @@ def find_beside(train_images: Path) -> FileSet:
     """Find the data set that the file `train_images` belongs to.
 
     Raises:
-        DataError: a file of it is missing.
+        DataError: a file of it is missing or cannot be read.
     """
     sets = _sets(_files_in(train_images.parent))
     (prefix,) = _sets({str(train_images): partial(read_regular, train_images, LIMIT)})
@@ -145,8 +141,7 @@ def read_zip(content: bytes, path: Path) -> Splits:
             problem = f"contains several data sets: {', '.join(found)}"
             raise MalformedError(problem, "unpack it and pass one of them")
         for place, sets in found.items():
-            chosen = _only(sets, place, "unpack it and ")
-            return chosen.parse(chosen.contents())
+            return _only(sets, place, "unpack it and ").parse()
         if any(info.filename.endswith("/data.pkl") for info in members):
             raise MalformedError("is a PyTorch file", SAVE_AS_NPZ)
     return npz.read(content)
@@ -187,7 +182,11 @@ def _sets(files: Files) -> dict[str, Files]:
 
 
 def _only(sets: dict[str, Files], folder: str, first: str = "") -> FileSet:
-    """Choose the one set of digits. Raises `DataError` if there is another number of them."""
+    """Read the one set of digits.
+
+    Raises:
+        DataError: there is another number of them, or one of the files cannot be read.
+    """
     digits = {prefix: files for prefix, files in sets.items() if prefix not in _LETTERS}
     if not digits:
         names = ", ".join(prefix.removesuffix("-") for prefix in sets)
@@ -198,7 +197,8 @@ def _only(sets: dict[str, Files], folder: str, first: str = "") -> FileSet:
         remedy = f"{first}pass the training images of one: {choices}"
         raise DataError(f"{folder}: contains several data sets", remedy)
     ((prefix, files),) = digits.items()
-    return FileSet(prefix, tuple(_of_role(role, files, prefix, folder) for role in _ROLES), files)
+    paths = tuple(_of_role(role, files, prefix, folder) for role in _ROLES)
+    return FileSet(prefix, paths, tuple(_read_named(path, files[path]) for path in paths))
 
 
 def _of_role(role: Role, files: Files, prefix: str, folder: str) -> str:

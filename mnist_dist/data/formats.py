@@ -83,9 +83,8 @@ def parse_pickle(content: bytes) -> Splits:
 
 
 def _of_files(path: Path, files: file_sets.FileSet) -> Source:
-    contents = files.contents()
     layout = "transposed files" if files.is_transposed else "files"
-    return Source(path, contents, layout, partial(files.parse, contents))
+    return Source(path, files.contents, layout, files.parse)
 
 
 def _of_file(path: Path, content: bytes) -> Source:

@@ -127,7 +127,6 @@ def _write_to(target: cache.CacheDir, dataset: Dataset, name: str) -> DataLocati
 
 
 def _get_mnist(directory: Path, target: cache.CacheDir) -> DataLocation:
-    """Get MNIST from the first source that works."""
     try:
         return _take_local_file(directory, target)
     except DataError as error:

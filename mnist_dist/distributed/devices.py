@@ -201,7 +201,6 @@ def cgroup_quota(
 
 
 def _quota_of(group: Path) -> float | None:
-    """Return the quota of one cgroup in CPUs, None without one."""
     with contextlib.suppress(OSError, ValueError):
         share, period = (group / "cpu.max").read_text().split()
         return float(share) / float(period)  # "max 100000" where there is none

@@ -251,7 +251,6 @@ def _addresses_of(interface: str) -> list[str]:
 
 
 def _address_of(interface: str) -> str | None:
-    """Return the IPv4 address of an interface, or None."""
     request = struct.pack("256s", interface.encode()[:15])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

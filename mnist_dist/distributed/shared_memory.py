@@ -162,7 +162,6 @@ def connect_shared_memory(
 
 
 def _memfd(length: int) -> int:
-    """Open a file of `length` bytes that exists in memory only."""
     if not hasattr(os, "memfd_create"):
         raise OSError("this system has no memfd")
     fd = os.memfd_create("mnist-dist-all-reduce", os.MFD_CLOEXEC)
@@ -212,7 +211,6 @@ class HostBarrier:
             self._poll.register(fd, select.POLLIN)
 
     def _exchange_eventfds(self) -> list[int]:
-        """Return this rank's eventfd and one of each peer."""
         own = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         for peer in self._peers:
             socket.send_fds(peer, [b"c"], [own])

@@ -81,8 +81,8 @@ class SyncResult:
     """A checkpoint is due by the clock."""
     bad_loss: tuple[int, int] | None
     """Step and rank of the earliest loss that was not finite, None if all were."""
-    lost_run: bool
-    """Rank 0 may no longer write into the run's directory."""
+    lost_run: str | None
+    """Why rank 0 may no longer write into the run's directory, None if it may."""
     payloads: list[Any]
     """Each rank's payload, in rank order."""
 
@@ -138,14 +138,14 @@ class RankSync:
             raise ConnectionError(f"Timed out after {seconds:.0f} s waiting for the GPU")
 
     def exchange(
-        self, *, bad_step: int | None = None, payload: Any = None, lost_run: bool = False
+        self, *, bad_step: int | None = None, payload: Any = None, lost_run: str | None = None
     ) -> SyncResult:
         """Exchange flags between all ranks; every rank must call this after the same step.
 
         Args:
             bad_step: the first step at which this rank's loss was not finite.
             payload: any picklable value, to travel with the flags.
-            lost_run: this rank may no longer write into the run's directory.
+            lost_run: why this rank may no longer write into the run's directory.
         """
         self._stop.is_starting = False
         now = time.monotonic()
@@ -164,7 +164,7 @@ class RankSync:
             stop=signal.Signals(max(stops)).name if any(stops) else None,
             save=any(saves),
             bad_loss=min(bad_losses, default=None),
-            lost_run=any(losts),
+            lost_run=next(filter(None, losts), None),
             payloads=list(payloads),
         )
 

@@ -251,7 +251,6 @@ def summary_fields(
 
 
 def _validation_fields(records: Sequence[Mapping[str, Any]], best_epoch: int) -> list[Field]:
-    """Describe the best and the final epoch."""
     shown = {record["epoch"]: record for record in records if "val/loss" in record}
     if not shown:
         return []

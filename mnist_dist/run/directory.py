@@ -93,23 +93,17 @@ class RunDirectory:
                 "there while this one runs: each would overwrite the other's files"
             )
 
-    @property
-    def is_held(self) -> bool:
-        """Whether the directory is still the one that was opened; True if this rank did not."""
-        try:
-            self.check_held()
-        except JobError:
-            return False
-        return True
+    def find_fault(self) -> str | None:
+        """Describe how the directory that this rank opened was moved, deleted or replaced, if so.
 
-    def check_held(self) -> None:
-        """Check, on rank 0, that the directory is still the one that was opened.
-
-        Raises:
-            JobError: it was moved, deleted or replaced, so that another job may be writing there.
+        Another job may be writing there then.
         """
-        with self._failing():
-            self._lock.check()
+        try:
+            with self._failing():
+                self._lock.check()
+        except JobError as error:
+            return str(error)
+        return None
 
     @property
     def status(self) -> str | None:
@@ -255,7 +249,6 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
-        """Raise an OSError in the block as a JobError."""
         try:
             yield
         except LockLostError as error:

@@ -78,7 +78,7 @@ def test_a_second_job_is_refused_with_the_process_that_holds_the_directory(
     first, warnings = opened(tmp_path / "run")
     with pytest.raises(UserError, match=f"another job is writing there .process {os.getpid()} on "):
         opened(tmp_path / "run")
-    assert first.is_held
+    assert first.find_fault() is None
     assert warnings == []
 
 
