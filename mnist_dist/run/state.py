@@ -5,7 +5,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -27,9 +29,9 @@ class _LocalState(NamedTuple):
     step: int
     loss_sum: float
     """Over the steps of the epoch."""
-    rng: Tensor
-    """For torch.set_rng_state."""
-    cuda_rng: Tensor | None
+    rng: NDArray[np.uint8]
+    """For torch.set_rng_state; an array, since a tensor takes 0.4 ms to pickle."""
+    cuda_rng: NDArray[np.uint8] | None
     """For torch.cuda.set_rng_state; None on CPUs."""
 
 
@@ -156,8 +158,8 @@ class TrainState:
         return sum(state.loss_sum for state in self._ranks), diverged
 
     def _local_state(self) -> _LocalState:
-        cuda_rng = torch.cuda.get_rng_state() if self._is_on_gpu else None
-        return _LocalState(self.step, self.loss_sum, torch.get_rng_state(), cuda_rng)
+        cuda_rng = torch.cuda.get_rng_state().numpy() if self._is_on_gpu else None
+        return _LocalState(self.step, self.loss_sum, torch.get_rng_state().numpy(), cuda_rng)
 
     @property
     def _is_on_gpu(self) -> bool:
@@ -172,7 +174,7 @@ class TrainState:
         """
         if not self._ranks or self._ranks[0].step != self.step:
             self._ranks = world.gather(self._local_state())
-        loss_sums = [rank.loss_sum if self.batch else 0.0 for rank in self._ranks]
+        on_gpus = [rank.cuda_rng for rank in self._ranks if rank.cuda_rng is not None]
         return {
             "format": FORMAT,
             "model": self.model.state_dict(),
@@ -184,9 +186,9 @@ class TrainState:
             "step": self.step,
             "best_loss": self.best_loss,
             "best_epoch": self.best_epoch,
-            "rng": [rank.rng for rank in self._ranks],
-            "cuda_rng": [rank.cuda_rng for rank in self._ranks if rank.cuda_rng is not None],
-            "loss_sums": loss_sums,
+            "rng": [torch.from_numpy(rank.rng) for rank in self._ranks],
+            "cuda_rng": [torch.from_numpy(state) for state in on_gpus],
+            "loss_sums": [rank.loss_sum if self.batch else 0.0 for rank in self._ranks],
         }
 
     def find_fault(self, saved: Any) -> str | None:

@@ -213,12 +213,19 @@ def collectives(waits: Waits) -> dict[str, list[str]]:
 
     dist.all_reduce = lambda tensor, *_, **__: note("all_reduce", tensor)
 
-    def all_gather_object(values: list[Any], value: Any) -> None:
-        assert not any(isinstance(t, Tensor) and t.is_cuda for t in tree_leaves(value))
-        values[:] = [value] * len(values)
-        note("all_gather_object")
+    def all_gather(gathered: list[Tensor], tensor: Tensor) -> None:
+        note("all_gather", tensor, *gathered)
+        for each in gathered:
+            each.copy_(tensor)
 
-    dist.all_gather_object = all_gather_object  # type: ignore[assignment]
+    original = World.gather
+
+    def gather(self: World, value: Any) -> list[Any]:
+        assert not any(isinstance(t, Tensor) and t.is_cuda for t in tree_leaves(value))
+        return original(self, value)
+
+    dist.all_gather = all_gather  # type: ignore[assignment]
+    World.gather = gather  # type: ignore[method-assign]
     world = World(launch(2), GPU, "nccl")
     rank = Rank(world)
     sync = RankSync(world)
