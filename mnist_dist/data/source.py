@@ -43,7 +43,7 @@ def find_data(data: str, cache_dir: str | Path | None) -> DataLocation:
         DataError: `data` is a path and cannot be used, or the lock of the cache is never released.
     """
     if data == "bundled":
-        return _use_bundled()
+        return DataLocation(None, bundled.DESCRIPTION)
     directory = cache.directory(cache_dir)
     if data == "auto":
         return _find_or_create(directory / MNIST_ENTRY, None, partial(_get_mnist, directory))
@@ -119,11 +119,9 @@ def _write(dataset: Dataset, target: cache.CacheDir, entry: Path) -> DataLocatio
 
 
 def _write_to(target: cache.CacheDir, dataset: Dataset, name: str) -> DataLocation:
-    kept = target.directory / name
-    cache.write(kept, dataset)
-    _, memory = cache.hold(kept)
-    warnings = (*target.warnings, *_doubts(dataset))
-    return DataLocation(kept, dataset.description, warnings, memory)
+    cache.write(target.directory / name, dataset)
+    found = _cached(target.directory / name, None)
+    return replace(found, warnings=(*target.warnings, *found.warnings))
 
 
 def _get_mnist(directory: Path, target: cache.CacheDir) -> DataLocation:
@@ -134,7 +132,8 @@ def _get_mnist(directory: Path, target: cache.CacheDir) -> DataLocation:
     try:
         found = _download(target)
     except DataError as network_error:
-        return _use_bundled(_fallback_warning(local_error, network_error))
+        warning = _fallback_warning(local_error, network_error)
+        return DataLocation(None, bundled.DESCRIPTION, (warning,))
     if LOCAL_FILE.exists():
         found = replace(found, warnings=(*found.warnings, f"not used: {local_error}"))
     return found
@@ -160,10 +159,6 @@ def _download(target: cache.CacheDir) -> DataLocation:
     if dataset.fingerprint != MNIST_SHA256:
         raise DataError(f"{url}: serves data other than MNIST", download.REMEDY)
     return _write(dataset, target, target.directory / MNIST_ENTRY)
-
-
-def _use_bundled(*warnings: str) -> DataLocation:
-    return DataLocation(None, bundled.DESCRIPTION, warnings)
 
 
 def _fallback_warning(local: DataError, network: DataError) -> str:
