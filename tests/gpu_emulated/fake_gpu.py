@@ -14,7 +14,7 @@ if __name__ == "__main__":
     ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # before torch, see fake_gpu.cpp
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -215,14 +215,15 @@ def collectives(waits: Waits) -> dict[str, list[str]]:
 
     def all_gather(gathered: list[Tensor], tensor: Tensor) -> None:
         note("all_gather", tensor, *gathered)
-        for each in gathered:
-            each.copy_(tensor)
+        raise EOFError("a fake tensor has no content to be unpickled")
 
     original = World.gather
 
     def gather(self: World, value: Any) -> list[Any]:
         assert not any(isinstance(t, Tensor) and t.is_cuda for t in tree_leaves(value))
-        return original(self, value)
+        with suppress(EOFError):
+            original(self, value)
+        return [value] * self.world_size
 
     dist.all_gather = all_gather  # type: ignore[assignment]
     World.gather = gather  # type: ignore[method-assign]
