@@ -104,8 +104,7 @@ def printable(value: object, limit: int | None = None) -> str:
     File names may contain newlines and invalid UTF-8. The rest beyond `limit` is cut off.
     """
     text = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode()
-        for c in " ".join(str(value).splitlines())
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value)
     )
     return text if limit is None or len(text) <= limit else f"{text[:limit]}..."
 

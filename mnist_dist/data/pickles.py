@@ -199,8 +199,7 @@ class _ArrayUnpickler(_Machine):
         if (module, name) == ("_codecs", "encode"):
             return self._encode
         if (module, name) not in _STAND_INS:
-            asked = ascii(f"{module}.{name}")[1:-1]
-            raise MalformedError(f"is refused: the pickle asks for {asked}")
+            raise MalformedError(f"is refused: the pickle asks for {module}.{name}")
         return _STAND_INS[module, name]
 
     def _encode(self, text: str, encoding: object) -> bytes:
