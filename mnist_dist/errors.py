@@ -5,7 +5,7 @@ import errno
 import io
 import os
 import sys
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 
 def print_line(line: str) -> None:
@@ -24,6 +24,8 @@ class ReportedError(Exception):
     exit_code: ClassVar[int]
     kind: ClassVar[str] = "error"
     status: ClassVar[Literal["failed", "preempted"]] = "failed"
+    store: Any = None
+    """The store through which all ranks got this error, where there is no process group."""
 
     def with_message(self, text: str) -> "ReportedError":
         """Return a UserError, JobError or Preempted, as this is, with another text."""

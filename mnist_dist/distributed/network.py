@@ -35,6 +35,7 @@ def resolve(host: str, port: int, deadline: float) -> str:
     Raises:
         RendezvousError: the name cannot be resolved by `deadline`, or sooner if it is unknown.
     """
+    refuse_digits(host)
     deadline = min(deadline, time.monotonic() + _RESOLVE_S)
     while True:
         try:
@@ -47,6 +48,15 @@ def resolve(host: str, port: int, deadline: float) -> str:
                     "resolve, or an IP address"
                 ) from error
             time.sleep(0.5)
+
+
+def refuse_digits(host: str) -> None:
+    """Raise RendezvousError if `host` is a number, which resolvers take for an IPv4 address."""
+    if host.isdecimal():
+        raise RendezvousError(
+            f"the rendezvous endpoint's name {host} is all digits, which resolvers take for "
+            "another address; set MASTER_ADDR (torchrun: --rdzv-endpoint) to its IP address"
+        )
 
 
 def wait_until_reachable(

@@ -79,14 +79,16 @@ def exit_with_error(launch: Launch, error: ReportedError) -> int:
 
     Torchrun and `srun -K` stop all ranks as soon as one exits, so a rank that exits before rank 0
     has printed would silence it. Within a process group, where every rank has the error, they wait
-    for a note in its store; before there is one, each rank found the error alone and waits to be
-    stopped.
+    for a note in its store, as after an error that reached all of them through another store;
+    otherwise each rank found the error alone and waits to be stopped.
     """
-    is_of_node = isinstance(error, (RendezvousError, NodeError))
+    is_of_node = isinstance(error, (RendezvousError, NodeError)) and error.store is None
     prints = launch.rank == 0 or (is_of_node and launch.local_rank == 0)
     if prints:
         print_line(f"{error.kind}: {error}")
-    if dist.is_initialized() and not is_of_node:
+    if error.store is not None:
+        wait_until_printed(error.store, launch.rank)
+    elif dist.is_initialized() and not is_of_node:
         wait_until_printed(default_store(), launch.rank)
         # At the interpreter's shutdown, gloo's threads occasionally abort the process.
         dist.destroy_process_group()

@@ -18,9 +18,9 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from mnist_dist.distributed.failures import brief, format_ranks
 from mnist_dist.distributed.launcher import Launch
-from mnist_dist.distributed.network import require_free, wait_until_reachable
+from mnist_dist.distributed.network import refuse_digits, require_free, wait_until_reachable
 from mnist_dist.distributed.store import StoreMailbox
-from mnist_dist.errors import NodeError, RendezvousError, UserError
+from mnist_dist.errors import NodeError, RendezvousError, ReportedError, UserError
 
 _POLL_S = 0.02
 _LEAVE_S = 2.0
@@ -45,6 +45,8 @@ def rendezvous(
     """
     deadline = time.monotonic() + timeout
     address, port = launch.master_addr or "", launch.master_port or 0
+    if launch.spans_nodes:
+        refuse_digits(address)
     if launch.is_store_host:
         require_free(address, port)
     else:
@@ -177,7 +179,8 @@ def connect_ranks(
 
     threading.Thread(target=run, name="connect", daemon=True).start()
     # A connection of its own: while gloo waits for a peer, no other call of the same one returns.
-    mailbox = StoreMailbox(store.clone(), "group")  # type: ignore[attr-defined]
+    own: Store = store.clone()  # type: ignore[attr-defined]
+    mailbox = StoreMailbox(own, "group")
     deadline = time.monotonic() + timeout
     keys, formed = [f"formed/{rank}" for rank in range(launch.world_size)], False
     try:
@@ -185,7 +188,10 @@ def connect_ranks(
             if failure := mailbox.read("failure"):
                 code, text = failure
                 _leave_together(mailbox, launch)
-                raise NodeError(text) if code == NodeError.exit_code else RendezvousError(text)
+                kind = NodeError if code == NodeError.exit_code else RendezvousError
+                shared: ReportedError = kind(text)
+                shared.store = own
+                raise shared
             if outcome and outcome[0] is None:
                 if not formed:
                     mailbox.publish(keys[launch.rank], formed := True)

@@ -33,6 +33,16 @@ def test_the_error_for_an_unknown_name_has_its_port_and_this_host() -> None:
         resolve("no.such.host.invalid", 29400, time.monotonic())
 
 
+def test_a_name_of_digits_is_refused_at_once_on_several_nodes() -> None:
+    """Resolvers take 1001 for 0.0.3.233."""
+    for rank in range(2):
+        launch = Launch("srun", rank, 0, 2, 1, rank, "1001", 15_000, is_store_host=rank == 0)
+        with pytest.raises(RendezvousError, match=r"1001 is all digits, .* set MASTER_ADDR"):
+            rendezvous(launch, 30)
+    with pytest.raises(RendezvousError, match="name 1001 is all digits"):
+        resolve("1001", 15_000, time.monotonic() + 30)
+
+
 def test_a_port_is_free_until_a_program_listens() -> None:
     port = free_port()
     require_free("here", port)
