@@ -25,6 +25,7 @@ _SEARCH_S = 3.0
 # Longer than the poll interval of `exit_with_parent`.
 _LAUNCHER_S = 0.6
 _PRINTED_S = 20.0
+_READ_S = 2.0
 _NO_STORE = "the rendezvous endpoint did not respond: rank 0 or its node is down or unreachable"
 
 
@@ -136,13 +137,18 @@ class FailureStore:
         return {rank: payload for rank, payload in payloads.items() if payload is not None}
 
 
-def wait_until_printed(store: Store, rank: int) -> None:
+def wait_until_printed(store: Store, rank: int, world_size: int) -> None:
     """Wait until rank 0, which prints an error before it calls this, has called it too.
 
-    Returns after 20 s at the latest, and at once if rank 0 has taken the store with it.
+    Returns after 20 s at the latest. Rank 0, which may host the store, briefly waits for the others
+    in return: a rank that loses the store prints forty lines of C++.
     """
     mailbox = StoreMailbox(store, "errors")
     with contextlib.suppress(RuntimeError):
         if rank == 0:
             mailbox.publish("printed", True)
-        mailbox.wait_for("printed", time.monotonic() + _PRINTED_S)
+            others = [f"read/{rank}" for rank in range(1, world_size)]
+            mailbox.collect(others, time.monotonic() + _READ_S)
+        else:
+            mailbox.wait_for("printed", time.monotonic() + _PRINTED_S)
+            mailbox.publish(f"read/{rank}", True)

@@ -87,9 +87,9 @@ def exit_with_error(launch: Launch, error: ReportedError) -> int:
     if prints:
         print_line(f"{error.kind}: {error}")
     if error.store is not None:
-        wait_until_printed(error.store, launch.rank)
+        wait_until_printed(error.store, launch.rank, launch.world_size)
     elif dist.is_initialized() and not is_of_node:
-        wait_until_printed(default_store(), launch.rank)
+        wait_until_printed(default_store(), launch.rank, launch.world_size)
         # At the interpreter's shutdown, gloo's threads occasionally abort the process.
         dist.destroy_process_group()
     elif not prints and launch.launcher != "none":

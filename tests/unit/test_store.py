@@ -89,16 +89,17 @@ def test_a_dead_store_is_an_error_of_a_mailbox_and_a_cause_of_a_failure(
     failures = FailureStore(dead_store, 1, 2)
     failures.publish("it does not matter")
     assert failures.find_cause().startswith("the rendezvous endpoint did not respond: rank 0 or")
-    wait_until_printed(dead_store, 1)
+    wait_until_printed(dead_store, 1, 2)
 
 
 def test_other_ranks_wait_until_rank_0_has_printed() -> None:
     store = HashStore()
-    other = threading.Thread(target=wait_until_printed, args=(store, 1))
+    other = threading.Thread(target=wait_until_printed, args=(store, 1, 2))
     other.start()
     other.join(0.2)
     assert other.is_alive()
-    wait_until_printed(store, 0)
+    wait_until_printed(store, 0, 2)
+    assert StoreMailbox(store, "errors").read("read/1"), "rank 0 has waited for it"
     other.join(10)
     assert not other.is_alive()
 
