@@ -42,18 +42,28 @@ class Evaluation:
     @property
     def count(self) -> int:
         """Samples evaluated: the split's size."""
-        return sum(map(sum, self.confusion))
+        return sum(self.count_by_class)
+
+    @property
+    def count_by_class(self) -> list[int]:
+        """Samples of each digit."""
+        return [sum(row) for row in self.confusion]
+
+    @property
+    def correct_by_class(self) -> list[int]:
+        """Correct samples of each digit."""
+        return [row[digit] for digit, row in enumerate(self.confusion)]
 
     @property
     def accuracy(self) -> float:
         """Correct share of all samples, 0 to 1."""
-        return sum(row[digit] for digit, row in enumerate(self.confusion)) / self.count
+        return sum(self.correct_by_class) / self.count
 
     @property
     def accuracy_by_class(self) -> tuple[float, ...]:
         """Correct share of each digit's samples; nan for a digit that does not occur."""
-        rows = enumerate(self.confusion)
-        return tuple(row[digit] / sum(row) if any(row) else math.nan for digit, row in rows)
+        both = zip(self.correct_by_class, self.count_by_class, strict=True)
+        return tuple(correct / count if count else math.nan for correct, count in both)
 
     @property
     def confusions(self) -> list[tuple[int, int, int]]:

@@ -17,7 +17,7 @@ from mnist_dist.commands.runs import (
     read_object,
     read_records,
 )
-from mnist_dist.errors import UserError, print_result, printable
+from mnist_dist.errors import UserError, counted, print_result, printable
 from mnist_dist.flags import argument, flag, parse_flags
 
 LOSSES = {"train/loss": "train", "val/loss": "validation"}
@@ -121,11 +121,9 @@ def run(flags: Sequence[str]) -> int:
     if len(config.runs) < 2:
         raise UserError("RUN: two or more run directories are required; --help lists every flag")
     paths = [os.path.realpath(name) for name in config.runs]  # unlike resolve, also of a link loop
-    if len(set(paths)) < len(paths):
-        twice = next(
-            name for name, path in zip(config.runs, paths, strict=True) if paths.count(path) > 1
-        )
-        raise UserError(f"{printable(twice)}: given twice; list each run once")
+    for name, path in zip(config.runs, paths, strict=True):
+        if paths.count(path) > 1:
+            raise UserError(f"{printable(name)}: given twice; list each run once")
     runs = [_load(Path(name)) for name in config.runs]
     pairs = [_compare(a, b, config.rtol) for a, b in combinations(runs, 2)]
     if config.json:
@@ -145,27 +143,15 @@ def _load(path: Path) -> _Run:
     records = list(read_records(file))
     for record in records:
         epoch = record.get("epoch")
-        if (
-            type(epoch) is int
-            and 1 <= epoch <= _MOST_EPOCHS
-            and any(tag in record for tag in LOSSES)
-        ):
+        if type(epoch) is int and 1 <= epoch <= _MOST_EPOCHS and LOSSES.keys() & record.keys():
             losses[epoch] = {tag: finite_number(record, tag) for tag in LOSSES}
     if not losses:
         status = summaries[0].status
         raise UserError(f"{file}: no finished epoch in it (the run is {status}); use another run")
-    return _Run(
-        summaries[0],
-        losses,
-        _count_lines(file) - len(records),
-        read_object(path / "config.json"),
-        read_object(path / "environment.json"),
-    )
-
-
-def _count_lines(file: Path) -> int:
-    with file.open(errors="replace") as lines:
-        return sum(1 for line in lines if line.strip())
+    with file.open(errors="replace") as stream:
+        lines = sum(1 for line in stream if line.strip())
+    config, environment = (read_object(path / f"{n}.json") for n in ("config", "environment"))
+    return _Run(summaries[0], losses, lines - len(records), config, environment)
 
 
 def _compare(a: _Run, b: _Run, rtol: float) -> Comparison:
@@ -173,33 +159,19 @@ def _compare(a: _Run, b: _Run, rtol: float) -> Comparison:
     epochs = sorted(a.losses.keys() & b.losses.keys())
     if not epochs:
         raise UserError(f"{a.name} and {b.name}: no epoch in common; use other runs")
-    by_epoch = {
-        epoch: {tag: _difference(a.losses[epoch][tag], b.losses[epoch][tag]) for tag in LOSSES}
-        for epoch in epochs
-    }
-    largest = {
-        tag: max(
-            (Difference(by_epoch[epoch][tag], epoch) for epoch in epochs),
-            key=lambda difference: difference.value,
-        )
-        for tag in LOSSES
-    }
-    beyond = [epoch for epoch in epochs if max(by_epoch[epoch].values()) > rtol]
+    largest, beyond = {}, []
+    for tag in LOSSES:
+        found = [Difference(_difference(a.losses[e][tag], b.losses[e][tag]), e) for e in epochs]
+        largest[tag] = max(found, key=lambda difference: difference.value)
+        beyond += [difference.epoch for difference in found if difference.value > rtol]
     differing = _differing(a, b)
     deciding = set(HYPERPARAMETERS)
-    if {"onecycle"} & {a.config.get("schedule"), b.config.get("schedule")}:
+    if "onecycle" in (a.config.get("schedule"), b.config.get("schedule")):
         deciding.add("epochs")
-    causes = [name for name in differing if name in deciding]
-    possible = [name for name in differing if name in _IMPLEMENTATION]
-    return Comparison(
-        (a.name, b.name),
-        epochs,
-        largest,
-        beyond[0] if beyond else None,
-        differing,
-        causes if beyond else [],
-        possible if beyond and not causes else [],
-    )
+    causes = [name for name in differing if name in deciding and beyond]
+    possible = [name for name in differing if name in _IMPLEMENTATION and beyond and not causes]
+    first_beyond = min(beyond, default=None)
+    return Comparison((a.name, b.name), epochs, largest, first_beyond, differing, causes, possible)
 
 
 def _difference(a: float | None, b: float | None) -> float:
@@ -213,7 +185,10 @@ def _differing(a: _Run, b: _Run) -> dict[str, tuple[Any, Any]]:
     of_a: dict[str, Any] = {}
     of_b: dict[str, Any] = {}
     if a.config and b.config:
-        of_a, of_b = _settings(a.config), _settings(b.config)
+        of_a, of_b = (
+            {name: value for name, value in run.config.items() if name not in _LEFT_OUT}
+            for run in (a, b)
+        )
     if a.environment and b.environment:  # which has the device that `auto` stands for
         there_a, there_b = _recorded(a.environment), _recorded(b.environment)
         for name in there_a.keys() & there_b.keys():  # an earlier version recorded less
@@ -222,10 +197,6 @@ def _differing(a: _Run, b: _Run) -> dict[str, tuple[Any, Any]]:
     names = [*known, *(name for name in of_a | of_b if name not in known)]
     pairs = {name: (of_a.get(name), of_b.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in _LEFT_OUT}
 
 
 def _recorded(environment: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,7 +212,7 @@ def _print(runs: Sequence[_Run], pairs: Sequence[Comparison], rtol: float) -> No
         if each.notes:
             print_result(f"note: {each.name}: {'; '.join(each.notes)}")
     for pair in pairs:
-        count = f"{len(pair.epochs)} epoch{'s' if len(pair.epochs) > 1 else ''}"
+        count = counted(len(pair.epochs), "epoch")
         verdict = f"within {rtol:g} in {count}"
         if pair.first_beyond is not None:
             verdict = f"beyond {rtol:g} from epoch {pair.first_beyond} on, of {count}"

@@ -58,16 +58,6 @@ class EvaluateConfig:
     )
 
 
-@dataclass(frozen=True)
-class _Report:
-    """Metrics, and what was evaluated."""
-
-    trained: TrainedModel
-    dataset: Dataset
-    split: SplitName
-    evaluation: Evaluation
-
-
 def evaluate(
     model: str | Path,
     data: str | Path | None = None,
@@ -86,11 +76,10 @@ def evaluate(
         UserError: the model or the data cannot be used, or `data` is None and the data that was
             found is not that of the run.
     """
-    config = EvaluateConfig(
-        str(model), None if data is None else str(data), split, False, _text(cache_dir)
-    )
+    source, cache = (None if path is None else str(path) for path in (data, cache_dir))
+    config = EvaluateConfig(str(model), source, split, cache_dir=cache)
     world = World(Launch("none"), torch.device("cpu"), "none")
-    return _evaluate(config, world, warnings.warn).evaluation
+    return _evaluate(config, world, warnings.warn)[2]
 
 
 def main(flags: Sequence[str]) -> int:
@@ -107,28 +96,32 @@ def _command(flags: Sequence[str], launch: Launch) -> None:
     config = parse_flags(EvaluateConfig, flags, "mnist-dist evaluate")
     with init_distributed(launch, config.device, "auto") as world:
         console = Console(enabled=world.is_main_process)
-        report = _evaluate(config, world, console.warn)
-        if world.is_main_process:
-            as_json = json.dumps(_as_json(report, world)) if config.json else ""
-            print_result(as_json or _as_text(report, world))
+        trained, dataset, result = _evaluate(config, world, console.warn)
+        if world.is_main_process and config.json:
+            print_result(json.dumps(_as_json(trained, dataset, config.split, result, world)))
+        elif world.is_main_process:
+            print_result(_as_text(trained, dataset, config.split, result, world))
 
 
-def _as_text(report: _Report, world: World) -> str:
-    result = report.evaluation
-    correct, count = _correct_by_digit(result), _count_by_digit(result)
+def _as_text(
+    trained: TrainedModel, dataset: Dataset, split: str, result: Evaluation, world: World
+) -> str:
+    counts = zip(result.correct_by_class, result.count_by_class, strict=True)
     return "\n".join(
         [
-            f"model  {report.trained.description}",
-            f"data   {report.dataset.description}",
+            f"model  {trained.description}",
+            f"data   {dataset.description}",
             f"world  {world.description()}",
-            f"{report.split:6} loss {result.loss:.4f}, accuracy {result.accuracy:.2%}: "
-            f"{sum(correct):,} of {result.count:,} digits right",
-            "       " + "  ".join(f"{d}: {correct[d]}/{n}" for d, n in enumerate(count)),
+            f"{split:6} loss {result.loss:.4f}, accuracy {result.accuracy:.2%}: "
+            f"{sum(result.correct_by_class):,} of {result.count:,} digits right",
+            "       " + "  ".join(f"{d}: {correct}/{n}" for d, (correct, n) in enumerate(counts)),
         ]
     )
 
 
-def _evaluate(config: EvaluateConfig, world: World, warn: Callable[[str], None]) -> _Report:
+def _evaluate(
+    config: EvaluateConfig, world: World, warn: Callable[[str], None]
+) -> tuple[TrainedModel, Dataset, Evaluation]:
     """Evaluate on every rank. Only rank 0 needs the checkpoint, every node needs the data."""
     trained = world.on_main(lambda: load_trained(config.model))
     location = world.once_per_host(lambda: _find_data(config, trained))
@@ -136,9 +129,10 @@ def _evaluate(config: EvaluateConfig, world: World, warn: Callable[[str], None])
         warn(warning)
     dataset = world.run_on_all(lambda: load(location))
     if trained.data_fingerprint is not None:
-        full, dataset = dataset, _as_trained(dataset, trained)
-        if dataset.fingerprint != trained.data_fingerprint:
-            dataset = full
+        part = _as_trained(dataset, trained)
+        if part.fingerprint == trained.data_fingerprint:
+            dataset = part
+        else:
             _handle_other_data(config, trained, dataset, warn)
     flags = {f"--{name.replace('_', '-')}": value for name, value in asdict(config).items()}
     world.check_equal(
@@ -146,8 +140,7 @@ def _evaluate(config: EvaluateConfig, world: World, warn: Callable[[str], None])
         "use the same flags, code and data for every process",
     )
     split = getattr(dataset.to(world.device), config.split)
-    result = engine.evaluate(trained.model.to(world.device), split, world)
-    return _Report(trained, dataset, config.split, result)
+    return trained, dataset, engine.evaluate(trained.model.to(world.device), split, world)
 
 
 def _find_data(config: EvaluateConfig, trained: TrainedModel) -> DataLocation:
@@ -184,34 +177,23 @@ def _handle_other_data(
     )
 
 
-def _as_json(report: _Report, world: World) -> dict[str, Any]:
-    result, trained = report.evaluation, report.trained
-    same = trained.data_fingerprint and trained.data_fingerprint == report.dataset.fingerprint
+def _as_json(
+    trained: TrainedModel, dataset: Dataset, split: str, result: Evaluation, world: World
+) -> dict[str, Any]:
+    trained_on = trained.data_fingerprint
     return {
         "checkpoint": str(trained.checkpoint),
         "epoch": trained.epoch,
-        "data": report.dataset.description,
-        "data_fingerprint": report.dataset.fingerprint,
-        "trained_on_this_data": None if same is None else bool(same),
-        "split": report.split,
+        "data": dataset.description,
+        "data_fingerprint": dataset.fingerprint,
+        "trained_on_this_data": trained_on == dataset.fingerprint if trained_on else None,
+        "split": split,
         "world_size": world.world_size,
         "loss": result.loss,
         "accuracy": result.accuracy,
-        "correct": sum(_correct_by_digit(result)),
+        "correct": sum(result.correct_by_class),
         "count": result.count,
-        "correct_by_digit": _correct_by_digit(result),
-        "count_by_digit": _count_by_digit(result),
+        "correct_by_digit": result.correct_by_class,
+        "count_by_digit": result.count_by_class,
         "confusion": result.confusion,
     }
-
-
-def _correct_by_digit(result: Evaluation) -> list[int]:
-    return [row[digit] for digit, row in enumerate(result.confusion)]
-
-
-def _count_by_digit(result: Evaluation) -> list[int]:
-    return [sum(row) for row in result.confusion]
-
-
-def _text(path: str | Path | None) -> str | None:
-    return None if path is None else str(path)

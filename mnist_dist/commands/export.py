@@ -97,14 +97,13 @@ def export(model: str | Path, format: Format, output: str | Path | None = None) 
         (_to_torch, _torch_reader) if format == "torch" else (_to_onnx, _onnx_reader)
     )
     differences: list[float] = []
+
+    def verify(written: Path) -> None:
+        differences.append(_compare(reader(written), trained.model, file))
+
     try:
         with _quiet():
-            content = serialize(trained.model)
-            write_atomically(
-                file,
-                content,
-                lambda written: differences.append(_compare(reader(written), trained.model, file)),
-            )
+            write_atomically(file, serialize(trained.model), verify)
     except OSError as error:
         raise UserError(
             f"--output {file}: {error.strerror}; use a file in a writable directory"
@@ -164,9 +163,7 @@ def _to_torch(model: nn.Module) -> bytes:
 
 
 def _torch_reader(file: Path) -> Callable[[Tensor], Tensor]:
-    with file.open("rb") as stream:
-        module: Callable[[Tensor], Tensor] = torch.export.load(io.BytesIO(stream.read())).module()
-    return module
+    return torch.export.load(io.BytesIO(file.read_bytes())).module()
 
 
 def _to_onnx(model: nn.Module) -> bytes:
@@ -200,14 +197,12 @@ def _onnx_reader(file: Path) -> Callable[[Tensor], Tensor]:
 def _compare(exported: Callable[[Tensor], Tensor], model: nn.Module, file: Path) -> float:
     """Return `Exported.difference`. Raises JobError if it exceeds the tolerance."""
     images = pixels(load(find_data("bundled", None)).test.images)
-    largest = 0.0
+    differences = []
     for size in _BATCHES:
         expected = model(images[:size])
-        differences = (exported(images[:size]) - expected).abs() / (1 + expected.abs())
-        difference = differences.max().item()
-        # NaN compares false with every number.
-        largest = difference if not difference <= largest else largest
-    if not largest <= _TOLERANCE:
+        differences.append((exported(images[:size]) - expected).abs() / (1 + expected.abs()))
+    largest = float(torch.cat(differences).max())
+    if not largest <= _TOLERANCE:  # NaN compares false with every number
         raise JobError(
             f"{file}: not written: the exported model's logits differ by {largest:.1e} (relative) "
             "from the original's; report a bug, or try another version of torch"

@@ -90,10 +90,10 @@ def _summary(path: Path) -> RunSummary:
         read_object(path / name) for name in ("status.json", "config.json", "environment.json")
     )
     records = list(read_records(path / "metrics.jsonl"))
-    losses = [loss for record in records if (loss := finite_number(record, "val/loss")) is not None]
-    accuracies = [
-        a for record in records if (a := finite_number(record, "test/accuracy")) is not None
-    ]
+    losses, accuracies = (
+        [value for record in records if (value := finite_number(record, tag)) is not None]
+        for tag in ("val/loss", "test/accuracy")
+    )
     written = short_text(status, "status") or "unreadable"
     # An extended run has test metrics for each time that it was completed.
     accuracy = accuracies[-1] if written == "completed" and accuracies else None

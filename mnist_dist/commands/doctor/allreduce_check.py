@@ -13,18 +13,13 @@ from mnist_dist.distributed.shared_memory import SharedMemoryAllReduce
 from mnist_dist.distributed.world import World
 from mnist_dist.model import build_model
 
-_SECONDS_PER_SIZE = 0.2
+_SECONDS_PER_SIZE = 0.1
 _MAX_CALLS = 30
-
-
-def gradient_bytes() -> int:
-    """Return the bytes of the model's gradients, which training all-reduces in each step."""
-    return sum(parameter.nbytes for parameter in build_model().parameters())
 
 
 def sizes() -> list[int]:
     """Return the bytes of the tensors to sum: for latency, the model's gradients, bandwidth."""
-    return [1024, gradient_bytes(), 16 << 20]
+    return [1024, sum(parameter.nbytes for parameter in build_model().parameters()), 16 << 20]
 
 
 def by_backend(world: World) -> dict[str, Any]:
@@ -50,11 +45,12 @@ def by_shared_memory(world: World, seconds: float) -> dict[str, Any]:
     try:
         if min(world.gather(world.launch.local_world_size)) == 1:
             return {"unused": "a node has only one rank"}
+        small, gradients, _ = sizes()
         try:
-            all_reduce = SharedMemoryAllReduce(world, gradient_bytes() // 4, seconds)
+            all_reduce = SharedMemoryAllReduce(world, gradients // 4, seconds)
         except OSError as error:
             return {"refused": str(error)}
-        return {"sums": [_measure(world, all_reduce, size) for size in sizes()[:2]]}
+        return {"sums": [_measure(world, all_reduce, size) for size in (small, gradients)]}
     except (OSError, RuntimeError) as error:
         return {"error": brief(error)}
 

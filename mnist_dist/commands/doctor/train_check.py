@@ -33,7 +33,7 @@ from mnist_dist.distributed.devices import Precision, set_precision, set_threads
 from mnist_dist.distributed.failures import brief
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.world import World
-from mnist_dist.errors import counted
+from mnist_dist.errors import UserError, counted
 from mnist_dist.evaluation import evaluate
 from mnist_dist.model import build_model
 from mnist_dist.optimizer import build_optimizer
@@ -88,7 +88,7 @@ class TrainCheck:
             set_threads(self._launch, -(-_GLOBAL_BATCH_SIZE // self._launch.world_size))
             world = World(Launch("none"), self._device, "none")
             self._alone = trained = self._train(world, ranks=self._launch.world_size)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, UserError) as error:
             return {"error": brief(error)}
         return self._against_reference(trained.losses, trained)
 
