@@ -1,7 +1,6 @@
 """Load a trained model by the path of its run or checkpoint."""
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from mnist_dist.commands.runs import read_object
 from mnist_dist.errors import UserError, printable
-from mnist_dist.files import read_regular
 from mnist_dist.model import build_model, state_dict_mismatch
 from mnist_dist.run.checkpoint import load_checkpoint
 
-_MAX_CONFIG_BYTES = 1 << 20
 _REMEDY = "use a run directory or a checkpoint of this project"
 
 
@@ -144,9 +142,9 @@ def _without_prefix(weights: Any, name: str) -> Any:
 def _data_of_run(checkpoint: Path) -> dict[str, Any]:
     """Return the data flags in the run's config.json, if it is found."""
     run = checkpoint.absolute().parent.parent
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        config = json.loads(read_regular(run / "config.json", _MAX_CONFIG_BYTES))
-        flags = {name: _typed(config, name, str) for name in ("data", "cache_dir")}
+    config = read_object(run / "config.json")
+    flags = {name: _typed(config, name, str) for name in ("data", "cache_dir")}
+    with contextlib.suppress(OSError, ValueError):  # what no path can be
         return {name: _from_run(value, run) for name, value in flags.items() if value}
     return {}
 

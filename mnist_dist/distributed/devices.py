@@ -168,12 +168,15 @@ def ranks_outnumber_cpus(local_world_size: int, cpus_per_task: int | None) -> bo
 
 def cpus_allowed() -> int:
     """Return how many CPUs this process may use at once, by affinity and by its cgroup's quota."""
-    try:
-        allowed = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        allowed = os.cpu_count() or 1
-    quota = cgroup_quota()
+    allowed, quota = len(cpu_affinity()), cgroup_quota()
     return max(1, min(allowed, int(quota)) if quota else allowed)
+
+
+def cpu_affinity() -> list[int]:
+    """Return the numbers of the CPUs that this process may run on."""
+    with contextlib.suppress(AttributeError):  # not on Linux
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def cgroup_quota(

@@ -3,6 +3,7 @@
 `python -m mnist_dist.distributed.gpu_count` prints the number, for launch scripts.
 """
 
+import contextlib
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 # A driver that hangs must not hang the launch.
 _TIMEOUT_S = 20.0
+NO_NVIDIA_SMI = "nvidia-smi is not on the PATH"
 
 
 def count_gpus(listing: str, environment: Mapping[str, str] = os.environ) -> int:
@@ -53,21 +55,40 @@ def _visible(chosen: str, uuids: Sequence[str]) -> list[int]:
     return numbers
 
 
-def _list_gpus() -> str:
-    """Return what nvidia-smi lists; empty if it fails, whatever it prints then."""
-    words = ["nvidia-smi", "--list-gpus"]
+def query_nvidia_smi(*flags: str, timeout: float) -> tuple[str, str | None]:
+    """Run nvidia-smi; return its output, and if it fails, nothing and the reason.
+
+    Args:
+        flags: of nvidia-smi.
+        timeout: seconds after which it is given up.
+    """
+    pipe = subprocess.PIPE
     try:
         process = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, errors="replace"
+            ["nvidia-smi", *flags],
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            errors="replace",
         )
-        out, _ = process.communicate(timeout=_TIMEOUT_S)
-    except OSError:
-        return ""
+    except FileNotFoundError:
+        return "", NO_NVIDIA_SMI
+    except OSError as error:
+        return "", f"nvidia-smi cannot be started: {error.strerror or error}"
+    try:
+        out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.kill()  # not waited for: what hangs in the driver cannot be killed
-        return ""
-    return out if process.returncode == 0 else ""
+        process.kill()
+        # `subprocess.run` would wait forever: a process that hangs in the driver cannot be killed.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1)
+        return "", f"nvidia-smi does not respond within {timeout:g} s"
+    if process.returncode != 0:
+        lines = [line.strip() for line in (out + "\n" + err).splitlines() if line.strip()]
+        reason = lines[0].rstrip(".") if lines else f"exit code {process.returncode}"
+        return "", f"nvidia-smi fails: {reason}"
+    return out, None
 
 
 if __name__ == "__main__":
-    print(count_gpus(_list_gpus()))
+    print(count_gpus(query_nvidia_smi("--list-gpus", timeout=_TIMEOUT_S)[0]))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import train_ddp
 from mnist_dist.commands.doctor import train_check
-from mnist_dist.commands.doctor.train_check import TrainCheck, check_together
+from mnist_dist.commands.doctor.train_check import TrainCheck, check_alone, check_together
 from mnist_dist.distributed import ddp
 from mnist_dist.distributed.launcher import Launch
 
@@ -149,6 +149,13 @@ def test_one_process_follows_the_reference_in_every_precision_of_cpus(
     alone = TrainCheck(Launch("none"), torch.device("cpu"), precision).alone()
     assert alone["step"] is None, alone
     assert 0 < alone["difference"] < train_check.TOLERANCES[precision]
+
+
+def test_a_precision_that_the_device_lacks_is_a_finding(threads_as_before: None) -> None:
+    found = TrainCheck(Launch("none"), torch.device("cpu"), "tf32").alone()
+    (finding,) = check_alone([found], {}, "tf32")
+    assert (finding.check, finding.level) == ("arithmetic", "problem")
+    assert "--precision tf32: needs a GPU; use fp32, or bf16" in finding.text
 
 
 def payload(**values: Any) -> dict[str, Any]:

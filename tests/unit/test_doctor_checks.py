@@ -5,13 +5,13 @@ import errno
 import fcntl
 import os
 import socketserver
-import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from file_systems import directories_cannot_be_flushed
 
 from mnist_dist.commands.doctor import disk
 from mnist_dist.commands.doctor.checks import (
@@ -130,14 +130,7 @@ def test_a_directory_that_cannot_be_flushed_is_a_warning_and_a_broken_disk_a_pro
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fsync = os.fsync
-
-    def fsync_files(descriptor: int) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(number, os.strerror(number))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync_files)
+    directories_cannot_be_flushed(number, monkeypatch)
     (finding,) = measured(tmp_path, pair)
     assert (finding.check, finding.level) == ("disk", level)
     if level == "warning":

@@ -22,7 +22,6 @@ from mnist_dist.commands.doctor.facts import Facts, gather_facts
 from mnist_dist.commands.doctor.findings import Finding
 from mnist_dist.commands.doctor.gpu_checks import check_gpus, check_self_test
 from mnist_dist.commands.doctor.gpus import (
-    NO_NVIDIA_SMI,
     Gpu,
     GpuFacts,
     parse_nvidia_smi,
@@ -32,6 +31,7 @@ from mnist_dist.commands.doctor.gpus import (
     shorten,
     why_no_cuda,
 )
+from mnist_dist.distributed.gpu_count import NO_NVIDIA_SMI
 from mnist_dist.distributed.launcher import Launch
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")

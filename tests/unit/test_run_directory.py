@@ -4,10 +4,10 @@ import errno
 import fcntl
 import json
 import os
-import stat
 from pathlib import Path
 
 import pytest
+from file_systems import directories_cannot_be_flushed
 
 from mnist_dist.errors import JobError, UserError
 from mnist_dist.files import overwrite, write_atomically
@@ -20,18 +20,6 @@ def opened(path: Path) -> tuple[RunDirectory, list[str]]:
     run = RunDirectory(path, 3, warnings.append)
     run.open()
     return run, warnings
-
-
-def directories_cannot_be_flushed(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answer as file systems do that cannot be mounted here."""
-    fsync = os.fsync
-
-    def answer(descriptor: int) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(number, os.strerror(number))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", answer)
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF])

@@ -181,7 +181,9 @@ class Examination:
             payloads = self._collect(stage, seconds + _SLACK_S)
             missing = [rank for rank, payload in enumerate(payloads) if payload is None]
             if missing:
-                findings = [self._no_response(stage, missing)]
+                text = f"{name_ranks(missing, self._facts_by_rank)} did not respond in time"
+                remedy = "check that it is alive and what it printed, or raise --timeout"
+                findings = [Finding(stage, "problem", text, remedy)]
             else:
                 findings = check(payloads, self._facts_by_rank, *arguments)
             self._report.add(*findings)
@@ -203,11 +205,6 @@ class Examination:
     def _collect(self, stage: str, seconds: float) -> list[Any]:
         keys = [f"{stage}/{rank}" for rank in range(self._launch.world_size)]
         return self._mailbox.collect(keys, time.monotonic() + seconds)
-
-    def _no_response(self, stage: str, ranks: Sequence[int]) -> Finding:
-        text = f"{name_ranks(ranks, self._facts_by_rank)} did not respond in time"
-        remedy = "check that it is alive and what it printed, or raise --timeout"
-        return Finding(stage, "problem", text, remedy)
 
     def _check_facts(self, payloads: Payloads, _: object) -> list[Finding]:
         self._set_facts([Facts.from_json(payload) for payload in payloads])

@@ -13,6 +13,7 @@ import torch
 from mnist_dist.commands.doctor.gpus import Gpu, GpuFacts, read_gpus, shorten, why_no_cuda
 from mnist_dist.distributed.devices import (
     Backend,
+    cpu_affinity,
     cpus_allowed,
     pick_backend,
     pick_device,
@@ -116,7 +117,7 @@ def gather_facts(launch: Launch, device: str, backend: str) -> tuple[Facts, torc
         address=gloo.address,
         interface_error=interface_error,
         threads=torch.get_num_threads(),
-        cpus=_cpus(),
+        cpus=cpu_affinity(),
         cpus_at_once=cpus_allowed(),
         settings={n: v for n, v in sorted(os.environ.items()) if n.startswith(_SETTINGS)},
         own_name_problem=own_name_problem() if launch.launcher == "none" else None,
@@ -153,12 +154,6 @@ def _read(path: str) -> str:
 def _shell_as_init() -> str | None:
     name = Path(_read("/proc/1/cmdline").partition("\0")[0]).name
     return name if SHELLS.fullmatch(name) else None
-
-
-def _cpus() -> list[int]:
-    with contextlib.suppress(AttributeError):  # not on Linux
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def _nccl_interface_error() -> str | None:

@@ -14,7 +14,8 @@ from mnist_dist.commands.doctor.findings import (
     find_each,
     name_ranks,
 )
-from mnist_dist.commands.doctor.gpus import NO_NVIDIA_SMI, Gpu, GpuFacts
+from mnist_dist.commands.doctor.gpus import Gpu, GpuFacts
+from mnist_dist.distributed.gpu_count import NO_NVIDIA_SMI
 from mnist_dist.errors import counted
 
 # What these variables do to the precision of float32 products, and the remedy.

@@ -7,7 +7,6 @@ among the facts.
 import contextlib
 import os
 import re
-import subprocess
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mnist_dist.distributed.gpu_count import query_nvidia_smi
+
 _FIELDS = "index,uuid,driver_version,mig.mode.current,ecc.errors.uncorrected.volatile.total"
-_NVIDIA_SMI = ("nvidia-smi", f"--query-gpu={_FIELDS}", "--format=csv,noheader")
 _TIMEOUT_S = 5.0
-NO_NVIDIA_SMI = "nvidia-smi is not on the PATH"
 
 _TEST_SIZE = 512
 
@@ -184,28 +183,10 @@ def read_nvidia_smi() -> tuple[list[SmiRow], str | None]:
     Returns:
         The GPUs, and why there is no answer: `NO_NVIDIA_SMI`, or what failed.
     """
-    pipe = subprocess.PIPE
-    try:
-        process = subprocess.Popen(
-            _NVIDIA_SMI, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, errors="replace"
-        )
-    except FileNotFoundError:
-        return [], NO_NVIDIA_SMI
-    except OSError as error:
-        return [], f"nvidia-smi cannot be started: {error.strerror or error}"
-    try:
-        out, err = process.communicate(timeout=_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        # `subprocess.run` would wait forever: a process that hangs in the driver cannot be killed.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1)
-        return [], f"nvidia-smi does not respond within {_TIMEOUT_S:g} s"
-    if process.returncode != 0:
-        lines = [line.strip() for line in (out + "\n" + err).splitlines() if line.strip()]
-        reason = lines[0].rstrip(".") if lines else f"exit code {process.returncode}"
-        return [], f"nvidia-smi fails: {reason}"
-    return parse_nvidia_smi(out), None
+    out, error = query_nvidia_smi(
+        f"--query-gpu={_FIELDS}", "--format=csv,noheader", timeout=_TIMEOUT_S
+    )
+    return parse_nvidia_smi(out), error
 
 
 def parse_nvidia_smi(text: str) -> list[SmiRow]:
@@ -216,18 +197,13 @@ def parse_nvidia_smi(text: str) -> list[SmiRow]:
     rows = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) != _FIELDS.count(",") + 1 or not cells[0].isdecimal():
-            continue
-        index, uuid, driver, mig, ecc = cells
-        rows.append(
-            SmiRow(
-                index=int(index),
-                uuid=uuid,
-                driver=driver if driver[:1].isdecimal() else None,
-                mig={"Enabled": True, "Disabled": False}.get(mig),
-                ecc_errors=int(ecc) if ecc.isdecimal() else None,
+        if len(cells) == _FIELDS.count(",") + 1 and cells[0].isdecimal():
+            index, uuid, driver, mig, ecc = cells
+            version = driver if driver[:1].isdecimal() else None
+            split = {"Enabled": True, "Disabled": False}.get(mig)
+            rows.append(
+                SmiRow(int(index), uuid, version, split, int(ecc) if ecc.isdecimal() else None)
             )
-        )
     return rows
 
 
