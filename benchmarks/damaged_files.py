@@ -97,10 +97,10 @@ class Outcome:
         if self.changed:
             return f"changed {', '.join(self.changed)}"
         if combination.command == "compare" and self.code == 1:  # other losses, which it reports
-            return None if json.loads(self.out)["within"] is False else "works with other results"
+            return None if json.loads(self.out)["within"] is False else "other results"
         if self.code == 0:
             same = _figures(self.out, combination) == _figures(expected.out, combination)
-            return None if same else "works with other results"
+            return None if same else "other results"
         if self.code not in (1, 2) or len(errors) != 1:
             return f"exit code {self.code} with {len(errors)} lines of error"
         stem = Path(combination.file).name.removesuffix(".json").removesuffix(".pt")
