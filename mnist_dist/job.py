@@ -6,7 +6,7 @@ train_ddp.py is the order in which these functions are called.
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +265,7 @@ class Job:
         path, train = str(run), f"{program} {script}" if program else ""
         for label, text in [*results, ("run", path), *next_commands(path, train, longer)]:
             console.print_field(label, text)
-        if "bundled" in self.dataset.description and config.lr == RECIPES["baseline"]["lr"]:
+        if self.dataset.is_bundled and config.lr == RECIPES["baseline"]["lr"]:
             again = train or "the same command with"
             console.print_field("better", f"{again} --recipe tuned  # about 95% on these digits")
 
@@ -301,10 +301,14 @@ def _set_up(config: TrainConfig, world: World) -> Job:
     set_precision(config.precision, world.device)
     set_threads(world.launch, -(-config.global_batch_size // world.world_size))
     console = Console(enabled=world.is_main_process)
-    dataset = _load_data(config, world, console)
-    sharding = Sharding(len(dataset.train), config.global_batch_size, world.rank, world.world_size)
     path = world.once_per_host(lambda: find_run_directory(config.run_dir, world.launch.job_id))
     run = RunDirectory(path, config.keep_checkpoints, console.warn)
+    if config.data == "auto" and world.on_main(lambda: run.data) == "bundled":
+        config = replace(config, data="bundled")  # although MNIST may be found by now
+    dataset = _load_data(config, world, console)
+    if dataset.is_bundled:
+        config = replace(config, data="bundled")
+    sharding = Sharding(len(dataset.train), config.global_batch_size, world.rank, world.world_size)
     return Job(config, world, console, dataset, sharding, run)
 
 

@@ -173,7 +173,8 @@ def _handle_other_data(
     cause = "" if trained.data else ": the run's config.json, which names it, is missing or damaged"
     raise UserError(
         f"{trained.checkpoint} was trained on other data than what was found "
-        f"({dataset.description}){cause}; use --data with the path of the data to evaluate on"
+        f"({dataset.description}){cause}; use --data with the path of the data to "
+        "evaluate on, or bundled"
     )
 
 

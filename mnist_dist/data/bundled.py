@@ -35,7 +35,7 @@ def load() -> Dataset:
         for name, share in zip(SPLIT_NAMES, _SHARES, strict=True)
     )
     fingerprint = fingerprint_of((train, validation, test))
-    return Dataset(train, validation, test, DESCRIPTION, fingerprint)
+    return Dataset(train, validation, test, DESCRIPTION, fingerprint, is_bundled=True)
 
 
 def are_transposed(split: Split) -> bool:

@@ -55,6 +55,8 @@ class Dataset:
     test: Split
     description: str
     fingerprint: str
+    is_bundled: bool = False
+    """Whether these are the digits in the package."""
 
     @property
     def splits(self) -> Splits:

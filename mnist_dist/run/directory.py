@@ -31,7 +31,7 @@ from mnist_dist.run.state import TrainState
 Status = Literal["running", "completed", "preempted", "failed"]
 _STAMP = "%Y%m%d-%H%M%S"
 _RUN_NAME = re.compile(r"(?P<stamp>\d{8}-\d{6})_(?P<id>.+)", re.DOTALL)
-_LARGEST_STATUS = 1 << 20  # bytes
+_LARGEST_JSON = 1 << 20  # bytes
 _LOCK_WAIT_S = 10.0
 
 
@@ -111,9 +111,15 @@ class RunDirectory:
         return read_status(self.path)
 
     @property
+    def data(self) -> str | None:
+        """The data that the run last used, as a value of --data; None if config.json is lost."""
+        data = _read_json(self.path / "config.json").get("data")
+        return data if isinstance(data, str) else None
+
+    @property
     def had_checkpoint(self) -> bool:
         """Whether the run has ever saved one, by its status or, if that is lost, its metrics."""
-        status = _read_status_file(self.path)
+        status = _read_json(self.path / "status.json")
         if status:
             ended_saved = status.get("status") in ("completed", "preempted")
             return ended_saved or status.get("saved_step") is not None
@@ -281,14 +287,15 @@ def _reason(error: OSError) -> str:
 
 def read_status(path: Path) -> str | None:
     """Return the status in the run directory `path`, None if it is not a run's directory."""
-    status = _read_status_file(path)
+    status = _read_json(path / "status.json")
     return str(status["status"]) if "status" in status else None
 
 
-def _read_status_file(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a small file of a run; an empty one if it cannot be read."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        status = json.loads(read_regular(path / "status.json", _LARGEST_STATUS))
-        return status if isinstance(status, dict) else {}
+        content = json.loads(read_regular(path, _LARGEST_JSON))
+        return content if isinstance(content, dict) else {}
     return {}
 
 

@@ -290,7 +290,7 @@ class TrainState:
             if name == "data":
                 raise UserError(
                     "--data: the run in --run-dir was started with other data; use the same "
-                    "data, or another --run-dir"
+                    "data (--data bundled if it was that), or another --run-dir"
                 )
             why = ", on which its schedule depends" if name == "epochs" else ""
             raise UserError(

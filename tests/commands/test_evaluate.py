@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_files import digits, write_npz
+from data_files import digits, write_npz, write_pickle
 from processes import Ended, command, completed_run, metrics, run_main, run_ranks
 
 import mnist_dist
@@ -128,6 +128,16 @@ def test_other_data_is_never_taken_for_the_runs_without_a_word(tmp_path: Path) -
             (line,) = ended.err.splitlines()
             assert "was trained on other data than what was found" in line
             assert "--data" in line
+
+
+def test_a_run_keeps_the_bundled_digits_when_other_data_is_found_later(tmp_path: Path) -> None:
+    flags = ["--train-samples=100", f"--cache-dir={tmp_path / 'cache'}"]
+    run = completed_run(tmp_path, 1, *flags, "--epochs=1")
+    write_pickle(tmp_path / "data" / "mnist" / "mnist.pkl.gz", digits(train=600, test=20))
+    assert completed_run(tmp_path, 1, *flags, "--epochs=2") == run
+    assert_as_reported(figures(tmp_path, 2, str(run)), run)
+    assert completed_run(tmp_path, 2, *flags, "--epochs=1") != run
+    assert figures(tmp_path, 1, str(tmp_path / "run-2"))["count"] == 20
 
 
 def test_the_data_of_a_run_is_found_from_any_directory(
