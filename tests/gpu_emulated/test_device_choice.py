@@ -152,7 +152,7 @@ def test_a_gpu_beyond_the_last_is_refused(fake_gpus: FakeGpus) -> None:
     fake_gpus(1)
     with pytest.raises(UserError) as caught:
         pick_device(Launch("none"), "cuda:1")
-    assert str(caught.value) == "--device cuda:1: this node has 1 GPU; use cuda:0 to cuda:0"
+    assert str(caught.value) == "--device cuda:1: this node has 1 GPU; use cuda:0"
 
 
 def test_processes_that_share_a_gpu_use_gloo_and_nccl_is_refused(fake_gpus: FakeGpus) -> None:
