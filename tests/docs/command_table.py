@@ -173,7 +173,7 @@ COMMANDS: dict[str, Here | By | Never] = {
     "mnist-dist export runs/tuned --format onnx --output model.onnx": _README,
     "mnist-dist runs": _README,
     "mnist-dist compare": _COMPARE,
-    "mnist-dist compare runs/one runs/four": _COMPARE,
+    "mnist-dist compare runs/one runs/two": _COMPARE,
     "mnist-dist compare runs/one runs/two runs/seed1": _COMPARE,
     "tensorboard --logdir runs": _TENSORBOARD,
     "tensorboard --logdir runs --port 6006": _TENSORBOARD,
