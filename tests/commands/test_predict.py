@@ -343,7 +343,7 @@ def test_a_bad_picture_is_one_line_with_its_name_and_exit_code_2(
     assert said.out == ""
     (line,) = said.err.splitlines()
     assert line.startswith("mnist-dist: error: ")
-    assert name.replace("\n", " ") in line
+    assert name.replace("\n", "\\n") in line
     assert says in line
 
 
