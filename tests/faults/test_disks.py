@@ -114,8 +114,9 @@ def replaced_by_a_copy(run: Path) -> None:
 def test_a_job_ends_with_its_reason_once_its_directory_is_no_longer_its_own(
     change: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    with LiveJob(tmp_path, 1, "--data=bundled", "--epochs=4000") as job:
-        job.until_training()
+    # Seconds an epoch, so that the change comes between two saves.
+    with LiveJob(tmp_path, 1, "--data=bundled", "--epochs=400", "--global-batch-size=1") as job:
+        job.until(lambda: bool(job.status.get("saved_step")))
         change(job.run)
         files = contents(job.run)
         assert job.wait(timeout=60) == 1, job.output
