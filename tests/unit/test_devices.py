@@ -55,7 +55,7 @@ def test_ranks_outnumber_cpus_unless_each_has_been_given_its_own() -> None:
     [
         (None, "none", None, cpus_allowed()),
         (None, "none", 1, 1),
-        (None, "none", 64, 1),  # the default batch
+        (None, "none", 128, 1),  # the tuned recipe's batch
         (None, "none", 10**6, cpus_allowed()),
         ("1", "torchrun", 10**6, cpus_allowed()),
         ("3", "torchrun", 1, 3),
