@@ -2,12 +2,13 @@
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 TEMPORARY_SUFFIX = ".partial"
 # Errors of file systems that cannot flush a directory: CIFS, VirtualBox, sshfs and other FUSE.
@@ -48,6 +49,14 @@ def read_regular(path: Path, limit: int) -> bytes:
         if size > limit:  # before memory is spent on it
             raise OSError(errno.EFBIG, f"File larger than {limit:,} bytes", str(path))
         return file.read(size)
+
+
+def read_json_object(path: Path, limit: int = 1 << 28) -> dict[str, Any]:
+    """Return the JSON object in a file of at most `limit` bytes; an empty one if there is none."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(read_regular(path, limit))
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def create_new(path: Path, mode: int = 0o666) -> BinaryIO:

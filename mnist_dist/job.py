@@ -303,7 +303,8 @@ def _set_up(config: TrainConfig, world: World) -> Job:
     console = Console(enabled=world.is_main_process)
     path = world.once_per_host(lambda: find_run_directory(config.run_dir, world.launch.job_id))
     run = RunDirectory(path, config.keep_checkpoints, console.warn)
-    if config.data == "auto" and world.on_main(lambda: run.data) == "bundled":
+    kept = world.on_main(lambda: run.data)  # on all ranks, whose flags are compared later
+    if config.data == "auto" and kept == "bundled":
         config = replace(config, data="bundled")  # although MNIST may be found by now
     dataset = _load_data(config, world, console)
     if dataset.is_bundled:

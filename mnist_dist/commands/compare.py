@@ -14,10 +14,10 @@ from mnist_dist.commands.runs import (
     RunSummary,
     finite_number,
     list_runs,
-    read_object,
     read_records,
 )
 from mnist_dist.errors import UserError, counted, print_result, printable
+from mnist_dist.files import read_json_object
 from mnist_dist.flags import argument, flag, parse_flags
 
 LOSSES = {"train/loss": "train", "val/loss": "validation"}
@@ -150,7 +150,7 @@ def _load(path: Path) -> _Run:
         raise UserError(f"{file}: no finished epoch in it (the run is {status}); use another run")
     with file.open(errors="replace") as stream:
         lines = sum(1 for line in stream if line.strip())
-    config, environment = (read_object(path / f"{n}.json") for n in ("config", "environment"))
+    config, environment = (read_json_object(path / f"{n}.json") for n in ("config", "environment"))
     return _Run(summaries[0], losses, lines - len(records), config, environment)
 
 

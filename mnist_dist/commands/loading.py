@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mnist_dist.commands.runs import read_object
 from mnist_dist.errors import UserError, printable
+from mnist_dist.files import read_json_object
 from mnist_dist.model import build_model, state_dict_mismatch
 from mnist_dist.run.checkpoint import load_checkpoint
 
@@ -142,7 +142,7 @@ def _without_prefix(weights: Any, name: str) -> Any:
 def _data_of_run(checkpoint: Path) -> dict[str, Any]:
     """Return the data flags in the run's config.json, if it is found."""
     run = checkpoint.absolute().parent.parent
-    config = read_object(run / "config.json")
+    config = read_json_object(run / "config.json")
     flags = {name: _typed(config, name, str) for name in ("data", "cache_dir")}
     with contextlib.suppress(OSError, ValueError):  # what no path can be
         return {name: _from_run(value, run) for name, value in flags.items() if value}

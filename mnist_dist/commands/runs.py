@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_dist.errors import UserError, print_result, printable
-from mnist_dist.files import read_regular
+from mnist_dist.files import read_json_object, read_regular
 from mnist_dist.flags import argument, flag, parse_flags
 from mnist_dist.lock import is_held
 
@@ -87,7 +87,7 @@ def _is_run(path: Path) -> bool:
 
 def _summary(path: Path) -> RunSummary:
     status, config, environment = (
-        read_object(path / name) for name in ("status.json", "config.json", "environment.json")
+        read_json_object(path / name) for name in ("status.json", "config.json", "environment.json")
     )
     records = list(read_records(path / "metrics.jsonl"))
     losses, accuracies = (
@@ -131,14 +131,6 @@ def _data(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str | No
         name = Path(given).name if given else description
     samples = _count(config, "train_samples")
     return f"{name}, first {samples:,}" if name and samples else name
-
-
-def read_object(file: Path) -> Mapping[str, Any]:
-    """Return the JSON object in `file`, or an empty one."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        content = json.loads(read_regular(file, _LARGEST_FILE))
-        return content if isinstance(content, dict) else {}
-    return {}
 
 
 def read_records(file: Path) -> Iterator[Mapping[str, Any]]:

@@ -279,9 +279,9 @@ def _shapes(mask: Mask, contrast: Ink) -> list[_Shape]:
     index[rows, columns + 1] = np.arange(len(rows))
     pairs = []
     for down, across in ((0, 1), (1, -1), (1, 0), (1, 1)):
-        beside = index[rows + down, columns + 1 + across]
-        own = (beside >= 0).nonzero()[0]
-        pairs.append((own, beside[own]))
+        neighbors = index[rows + down, columns + 1 + across]
+        own = (neighbors >= 0).nonzero()[0]
+        pairs.append((own, neighbors[own]))
     one, other = (np.concatenate(ends) for ends in zip(*pairs, strict=True))
     # Union by hooking the higher root to the lower one.
     root = np.arange(len(rows))

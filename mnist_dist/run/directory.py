@@ -17,7 +17,7 @@ from mnist_dist.errors import JobError, ReportedError, UserError
 from mnist_dist.files import (
     make_directory,
     overwrite,
-    read_regular,
+    read_json_object,
     sweep_temporary,
     sync_directory,
     write_atomically,
@@ -113,13 +113,13 @@ class RunDirectory:
     @property
     def data(self) -> str | None:
         """The data that the run last used, as a value of --data; None if config.json is lost."""
-        data = _read_json(self.path / "config.json").get("data")
+        data = read_json_object(self.path / "config.json", _LARGEST_JSON).get("data")
         return data if isinstance(data, str) else None
 
     @property
     def had_checkpoint(self) -> bool:
         """Whether the run has ever saved one, by its status or, if that is lost, its metrics."""
-        status = _read_json(self.path / "status.json")
+        status = read_json_object(self.path / "status.json", _LARGEST_JSON)
         if status:
             ended_saved = status.get("status") in ("completed", "preempted")
             return ended_saved or status.get("saved_step") is not None
@@ -288,16 +288,8 @@ def _reason(error: OSError) -> str:
 
 def read_status(path: Path) -> str | None:
     """Return the status in the run directory `path`, None if it is not a run's directory."""
-    status = _read_json(path / "status.json")
+    status = read_json_object(path / "status.json", _LARGEST_JSON)
     return str(status["status"]) if "status" in status else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a small file of a run; an empty one if it cannot be read."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        content = json.loads(read_regular(path, _LARGEST_JSON))
-        return content if isinstance(content, dict) else {}
-    return {}
 
 
 def find_run_directory(run_dir: str | None, job_id: str | None) -> Path:

@@ -101,6 +101,10 @@ def other_flag(flags: list[str]) -> None:
     flags.append("--lr=0.75")
 
 
+def other_data(flags: list[str]) -> None:
+    flags.append("--data=auto")
+
+
 FAULTS: dict[str, Callable[[list[str]], None]] = {
     "raise_error": raise_error,
     "not_a_number": not_a_number,
@@ -109,6 +113,7 @@ FAULTS: dict[str, Callable[[list[str]], None]] = {
     "flipped_weight": flipped_weight,
     "infinite_bias": infinite_bias,
     "other_flag": other_flag,
+    "other_data": other_data,
 }
 
 

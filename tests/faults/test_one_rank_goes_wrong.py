@@ -60,6 +60,7 @@ def test_a_rank_that_fails_takes_the_others_down_and_its_cause_comes_first(
             r"error: the weights of rank 1 differ from the other ranks' after",
             1,
         ),
+        ("other_data", r"error: --data differs: rank 1 has auto, rank 0 has bundled", 2),
         ("other_flag", r"error: --lr differs: rank 1 has 0\.75, rank 0 has 0\.001", 2),
     ],
 )
