@@ -315,6 +315,8 @@ def main() -> None:
         importlib.import_module(module)
     # No TemporaryDirectory: every forked job would delete it when it ends.
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    kept = chosen.keep or folder
+    kept.mkdir(parents=True, exist_ok=True)
     try:
         scenes = [Scene(name, folder / f"scene-{n}") for n, name in enumerate(SCENES)]
         names = [chosen.only] if chosen.only else names
@@ -322,7 +324,7 @@ def main() -> None:
         until = time.monotonic() + 60 * chosen.minutes
         logging.getLogger("tensorboard").setLevel(logging.ERROR)  # of events that were replaced
         with multiprocessing.get_context("fork").Pool(chosen.jobs) as pool:
-            action = functools.partial(disturb_each, scenes, chosen.keep or folder, until)
+            action = functools.partial(disturb_each, scenes, kept, until)
             shares = [names[number :: chosen.jobs] for number in range(chosen.jobs)]
             results = [result for share in pool.map(action, shares, 1) for result in share]
     finally:
