@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Split
 from mnist_dist.dimensions import NUM_CLASSES
+from mnist_dist.distributed.devices import threads_for
 from mnist_dist.distributed.world import World
 from mnist_dist.model import pixels
 
-_BATCH_SIZE = 500
+_BATCH_SIZE = 512
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def evaluate(model: nn.Module, split: Split, world: World, errors: int = 0) -> E
     """
     shard = eval_shard(world.rank, world.world_size)
     images, labels = split.images[shard], split.labels[shard]
-    logits = _logits(model, images)
+    with threads_for(_BATCH_SIZE, world.launch):  # more than a training step's few rows are worth
+        logits = _logits(model, images)
     loss_sum = F.cross_entropy(logits, labels, reduction="none").double().sum()
     predicted = logits.argmax(1)
     confusion = torch.bincount(labels * NUM_CLASSES + predicted, minlength=NUM_CLASSES**2)

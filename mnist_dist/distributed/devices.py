@@ -3,7 +3,7 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -153,6 +153,17 @@ def set_threads(launch: Launch, local_batch_size: int | None = None) -> None:
     if local_batch_size is not None:
         threads = min(threads, max(1, local_batch_size // _ROWS_PER_THREAD))
     torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def threads_for(rows: int, launch: Launch) -> Iterator[None]:
+    """Use the threads that matrix products of `rows` rows are worth, and then as many as before."""
+    before = torch.get_num_threads()
+    set_threads(launch, rows)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def threads_per_process(local_world_size: int, cpus_per_task: int | None) -> int:

@@ -13,6 +13,7 @@ from mnist_dist.distributed.devices import (
     cpus_allowed,
     ranks_outnumber_cpus,
     set_threads,
+    threads_for,
     threads_per_process,
 )
 from mnist_dist.distributed.launcher import Launch
@@ -76,6 +77,16 @@ def test_threads_follow_cpus_and_rows_unless_the_user_chose(
         torch.set_num_threads(int(given))
     set_threads(Launch(launcher), batch)
     assert torch.get_num_threads() == threads
+
+
+def test_large_products_have_threads_of_their_own_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, threads_as_before: None
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(1)
+    with threads_for(10**6, Launch("none")):
+        assert torch.get_num_threads() == cpus_allowed()
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize(
