@@ -49,7 +49,7 @@ def predict(model: nn.Module | str | Path, images: Iterable[str | Path]) -> list
     """Classify images of digits.
 
     Args:
-        model: from `load_model`, or a run directory or checkpoint.
+        model: from `load_model`, on any device, or a run directory or checkpoint.
         images: PNG or JPEG files, or directories of them.
 
     Raises:
@@ -64,7 +64,8 @@ def predict(model: nn.Module | str | Path, images: Iterable[str | Path]) -> list
 def _predict(model: nn.Module, file: Path) -> Prediction:
     """One at a time: in a batch, the last bits would depend on the other images."""
     image, notes = read_digit(file)
-    probabilities = model(pixels(image)[None]).softmax(1)[0]
+    device = next(model.parameters()).device
+    probabilities = model(pixels(image.to(device))[None]).softmax(1)[0]
     return Prediction(str(file), int(probabilities.argmax()), tuple(probabilities.tolist()), notes)
 
 

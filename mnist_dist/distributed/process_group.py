@@ -157,9 +157,7 @@ def init_process_group(
         UserError: a rank has a fault or a wrong GLOO_SOCKET_IFNAME, or two have the same GPU.
         RendezvousError: the backend could not connect the ranks in time.
     """
-    # NCCL moves what is on GPUs only: flags, checksums and objects go over gloo, which notices at
-    # once when a rank dies. See LaunchQueue for why NCCL's watchdog is off; graphs need that, too.
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    _disable_nccl_watchdog(launch)
 
     def connect() -> None:
         if fault:
@@ -170,6 +168,8 @@ def init_process_group(
             raise UserError(f"{interface.error}; {remedy}")
         if interface.name:
             os.environ["GLOO_SOCKET_IFNAME"] = interface.name
+        # NCCL moves what is on GPUs only: flags, checksums and objects go over gloo, which notices
+        # at once when a rank dies.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
             store=PrefixStore("group", store),
@@ -186,6 +186,17 @@ def init_process_group(
     if backend == "nccl":
         _connect_gpus(world)
     return world
+
+
+def _disable_nccl_watchdog(launch: Launch) -> None:
+    """Let no watchdog abort a rank without a cause: see LaunchQueue. Graphs need this, too.
+
+    Torchrun sets 1 for its ranks on its own, so 1 means nothing there; other values are the user's.
+    """
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    if launch.launcher == "torchrun" and os.environ.get(name) == "1":
+        del os.environ[name]
+    os.environ.setdefault(name, "0")
 
 
 def _connect_gpus(world: World) -> None:

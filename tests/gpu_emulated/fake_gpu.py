@@ -1,6 +1,7 @@
 """A program: GPU code on fake CUDA tensors, which have shapes and devices but no values.
 
-python fake_gpu.py LIBRARY PART prints what PART did, as JSON. LIBRARY is built from fake_gpu.cpp.
+python fake_gpu.py LIBRARY PART [RUN] prints what PART did, as JSON. LIBRARY is built from
+fake_gpu.cpp, and RUN is a completed run with 1,000 training samples.
 Mixing CPU and GPU tensors in an operation fails as on a GPU. What a GPU would have to be waited
 for, reading a value or copying to or from the CPU, is recorded.
 """
@@ -21,15 +22,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
 import train_ddp
 from mnist_dist import evaluation
+from mnist_dist.commands import evaluate, predict
+from mnist_dist.commands.loading import load_trained
 from mnist_dist.cuda_graphs import GraphSteps
-from mnist_dist.data import Split
+from mnist_dist.data import Split, load
 from mnist_dist.distributed.launcher import Launch
 from mnist_dist.distributed.sync import RankSync
 from mnist_dist.distributed.world import World
@@ -251,11 +254,42 @@ def collectives(waits: Waits) -> dict[str, list[str]]:
     return found
 
 
+def commands(waits: Waits) -> dict[str, Any]:
+    """What evaluating and predicting with a trained model on the GPU wait for."""
+
+    def from_disk(read: Callable[..., Any]) -> Callable[..., Any]:
+        def outside(*arguments: Any) -> Any:
+            with unset_fake_temporarily(), _disable_current_modes():
+                return read(*arguments)
+
+        return outside
+
+    stand_ins: list[tuple[Any, str, Callable[..., Any]]] = [
+        (evaluate, "load_trained", from_disk(load_trained)),
+        (evaluate, "load", from_disk(load)),
+        (predict, "read_digit", lambda file: (torch.empty(784, dtype=torch.uint8), ())),
+    ]
+    for module, name, stand_in in stand_ins:
+        setattr(module, name, stand_in)
+    run, image = sys.argv[3], __file__  # any file
+    models: list[nn.Module] = []
+    config = evaluate.EvaluateConfig(run, split="train")
+    world = World(launch(1), GPU, "none")
+
+    def evaluated() -> None:
+        models.append(evaluate._evaluate(config, world, print)[0].model)
+
+    found = {"evaluate": waits.listed(evaluated)}
+    found["predict"] = waits.listed(lambda: predict.predict(models[0], [image]))
+    return found
+
+
 PARTS: dict[str, Callable[[Waits], dict[str, Any]]] = {
     "eager_steps": eager_steps,
     "graph_steps": graph_steps,
     "reading": reading,
     "collectives": collectives,
+    "commands": commands,
 }
 
 
@@ -275,6 +309,7 @@ def fake_gpu() -> Iterator[Waits]:
 
     for name, stand_in in (("tolist", tolist), ("numpy", numpy)):
         setattr(FakeTensor, name, stand_in)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch.cuda.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)
     torch.cuda.set_rng_state = lambda *_: None
     with FakeTensorMode(allow_non_fake_inputs=True), waits:

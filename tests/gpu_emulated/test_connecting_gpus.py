@@ -4,6 +4,7 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from processes import run_ranks
@@ -60,8 +61,9 @@ def test_a_failure_of_nccl_is_one_line_on_every_rank() -> None:
     assert "\n" not in texts[0]
 
 
-def group_options() -> tuple[str, str | None]:
+def group_options(error_handling: str) -> tuple[str, str | None]:
     """What a group for GPUs is made with; it is made of gloo here."""
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = error_handling
     made: list[str] = []
     init = dist.init_process_group
 
@@ -82,8 +84,12 @@ def group_options() -> tuple[str, str | None]:
     return " ".join(made), os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING")
 
 
-def test_a_group_for_gpus_has_gloo_for_cpus_too_and_no_watchdog_that_aborts() -> None:
-    assert run_ranks(group_options, 2) == [("cpu:gloo,cuda:nccl nccl [0, 1]", "0")] * 2
+@pytest.mark.parametrize(("given", "used"), [("1", "0"), ("3", "3")])
+def test_a_group_for_gpus_has_gloo_for_cpus_too_and_no_watchdog_that_aborts(
+    given: str, used: str
+) -> None:
+    """Torchrun gives its ranks 1, which nobody chose."""
+    assert run_ranks(group_options, 2, given) == [("cpu:gloo,cuda:nccl nccl [0, 1]", used)] * 2
 
 
 def fewer_gpus_than_ranks(fd_path: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import command
+from processes import command, completed_run
 
 HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
@@ -39,9 +39,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def on_fake_gpu(library: Path, part: str) -> dict[str, Any]:
+def on_fake_gpu(library: Path, part: str, *arguments: str) -> dict[str, Any]:
     """What `part` of fake_gpu.py returned."""
-    ended = command(HERE, sys.executable, str(HERE / "fake_gpu.py"), str(library), part)
+    program = str(HERE / "fake_gpu.py")
+    ended = command(HERE, sys.executable, program, str(library), part, *arguments)
     assert ended.code == 0, ended.err
     found: dict[str, Any] = json.loads(ended.out)
     return found
@@ -72,6 +73,17 @@ def test_reading_back_is_done_at_once(library: Path) -> None:
     assert len(found["evaluate"]) <= 4
     assert found["digest"] == ["copy from cuda to cpu"] * found["tensors"]
     assert found["plots"] == ["cpu"]
+
+
+def test_evaluate_and_predict_use_the_gpu_and_read_their_results_once(
+    library: Path, tmp_path: Path
+) -> None:
+    flags = ["--data=bundled", "--train-samples=1000", "--epochs=1"]
+    found = on_fake_gpu(library, "commands", str(completed_run(tmp_path, 1, *flags)))
+    data_and_weights = 3 * 2 + 6
+    to_gpu, to_cpu = "copy from cpu to cuda", "copy from cuda to cpu"
+    assert found["evaluate"] == [to_gpu] * data_and_weights + ["bincount", to_cpu]
+    assert found["predict"] == [to_gpu, "item", "tolist"]
 
 
 def test_nccl_gets_tensors_of_the_gpu_and_gloo_those_of_the_cpu(library: Path) -> None:
