@@ -25,7 +25,8 @@ from benchmarks.peers import PEERS, Work
 
 OURS = {"mnist-dist": "ddp", "mnist-dist --step manual": "manual"}
 _OTHER = "{}: not training"
-HEADER = "| processes | program | s/epoch | range | vs. ddp | vs. manual |"
+HEADER = "| processes | program | s/epoch | range | vs. mnist-dist | vs. --step manual "
+HEADER += "| not training |\n" + "|---" * 7 + "|"
 _INSIDE = "--inside"
 
 
@@ -87,18 +88,18 @@ def measure(work: Work, processes: int, rounds: int, names: list[str]) -> dict[s
 
 
 def table(processes: int, seconds: dict[str, list[float]]) -> list[str]:
-    """Return the table's lines: median, spread, and the ratio to ours with either step."""
+    """Return the table's lines: median, spread, the ratio to ours, and what is not training."""
     ddp, manual = (statistics.median(seconds[name]) for name in OURS)
+    shares = {name: seconds[_OTHER.format(name)] for name in OURS}
     lines = []
     for name, values in seconds.items():
-        middle = statistics.median(values)
         if name.endswith(_OTHER.format("")):
-            spread = f"{min(values):.1%} to {max(values):.1%}"
-            lines.append(f"| {processes} | {name} | {middle:.1%} | {spread} | | |")
             continue
+        middle = statistics.median(values)
         times = f"{middle / ddp:.2f} | {middle / manual:.2f}"
         spread = f"{min(values):.2f} to {max(values):.2f}"
-        lines.append(f"| {processes} | {name} | {middle:.2f} | {spread} | {times} |")
+        share = f"{statistics.median(shares[name]):.1%}" if name in shares else ""
+        lines.append(f"| {processes} | {name} | {middle:.2f} | {spread} | {times} | {share} |")
     return lines
 
 
@@ -130,7 +131,7 @@ def everything(
 ) -> dict[str, Any]:
     """Measure everything; `show` each table's lines as they are ready."""
     found: dict[str, Any] = {"epochs": {}, "parts": {}}
-    show([HEADER, "|---" * 6 + "|"])
+    show([HEADER])
     for processes in chosen.world_sizes:
         # The original runs on one process only.
         names = [n for n in chosen.peers if processes == 1 or n != "original script"]

@@ -120,7 +120,7 @@ def all_ranks(job: LiveJob) -> None:
     kill(ranks(job))
 
 
-def the_agent(job: LiveJob) -> None:
+def torchrun(job: LiveJob) -> None:
     kill([job.launcher.pid])
 
 
@@ -206,7 +206,7 @@ def _run_with_kill(
 TARGETS: dict[Callable[[LiveJob], None] | None, int] = {
     one_rank: 20,
     all_ranks: 20,
-    the_agent: 50,
+    torchrun: 50,
     None: 50,
 }
 

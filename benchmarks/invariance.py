@@ -21,9 +21,8 @@ def main() -> None:
     flags = [f"--data={chosen.data}", f"--recipe={chosen.recipe}"]
     if chosen.global_batch_size is not None:
         flags.append(f"--global-batch-size={chosen.global_batch_size}")
-    print(
-        "| processes | final val loss | test accuracy | largest relative difference of a val loss |"
-    )
+    difference = "largest relative difference from one process's val loss, over all epochs"
+    print(f"| processes | final val loss | test accuracy | {difference} |")
     print("|---|---|---|---|")
     first: list[float] = []
     for world_size in chosen.world_sizes:
@@ -32,9 +31,9 @@ def main() -> None:
             *epochs, test = train(run, world_size, *flags)
         losses = [epoch["val/loss"] for epoch in epochs]
         first = first or losses
-        difference = max(abs(a - b) / b for a, b in zip(losses, first, strict=True))
+        largest = max(abs(a - b) / b for a, b in zip(losses, first, strict=True))
         print(
-            f"| {world_size} | {losses[-1]:.6f} | {test['test/accuracy']:.2%} | {difference:.1e} |",
+            f"| {world_size} | {losses[-1]:.6f} | {test['test/accuracy']:.2%} | {largest:.1e} |",
             flush=True,
         )
 

@@ -228,6 +228,6 @@ def _describe_failure(
     reason = brief(error) if error else f"no connection within {timeout:g} s"
     return RendezvousError.exit_code, (
         f"the ranks could not connect to each other ({place}: {reason}); run `mnist-dist "
-        "doctor` in place of the job to find which, and select the interface with "
+        "doctor` in place of the job to find which ranks, and select the interface with "
         "GLOO_SOCKET_IFNAME"
     )
