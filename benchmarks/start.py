@@ -113,7 +113,10 @@ def measure(data: str, rounds: int) -> dict[str, list[float]]:
         add("import torch (s)", seconds_until_output(_BARE_START))
         add("start to first step (s)", seconds_until_output(OUR_START, *flags))
         add("cache read (s)", float(run_python(READ, data)))
-    add("memory a third bare rank adds (MiB)", _memory(_BARE_RANK, [], 3) - _memory(_BARE_RANK, [], 2))
+    add(
+        "memory a third bare rank adds (MiB)",
+        _memory(_BARE_RANK, [], 3) - _memory(_BARE_RANK, [], 2),
+    )
     add("memory a third mnist-dist rank adds (MiB)", our_memory(data, 3) - our_memory(data, 2))
     return results
 
