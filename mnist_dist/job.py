@@ -27,6 +27,7 @@ from mnist_dist.model import build_model, describe
 from mnist_dist.run.console import (
     Console,
     next_commands,
+    shell_word,
     summary_fields,
     tensorboard_command,
 )
@@ -260,7 +261,8 @@ class Job:
         results = summary_fields(run.writer.records, state.best_epoch, result)
         self.world.on_main(lambda: run.finish(dict(results)))
         program = self.world.launch.program
-        script = sys.argv[0] if Path(sys.argv[0]).name == "train_ddp.py" else "-m mnist_dist train"
+        is_script = Path(sys.argv[0]).name == "train_ddp.py"
+        script = shell_word(sys.argv[0]) if is_script else "-m mnist_dist train"
         longer = 2 * config.epochs if config.schedule == "constant" else None
         path, train = str(run), f"{program} {script}" if program else ""
         for label, text in [*results, ("run", path), *next_commands(path, train, longer)]:

@@ -282,9 +282,27 @@ def _confusions(worst: Sequence[tuple[int, int, int]]) -> str:
     return f"{errors:,} total; {', '.join(named[:_SHOWN_CONFUSIONS])}"
 
 
+def shell_word(text: str) -> str:
+    """Quote a name for a command that bash reads, also if it is no text that can be printed."""
+    if text.isprintable() and _has_encoding(text):
+        return shlex.quote(text)
+    plain = set(range(32, 127)) - set(b"'\\")
+    return "".join(
+        ["$'", *(chr(b) if b in plain else f"\\x{b:02x}" for b in os.fsencode(text)), "'"]
+    )
+
+
+def _has_encoding(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def tensorboard_command(run: str) -> str:
     """Return the command that shows the run in directory `run` next to its neighbours."""
-    return f"tensorboard --logdir {shlex.quote(str(Path(run).parent))}"
+    return f"tensorboard --logdir {shell_word(str(Path(run).parent))}"
 
 
 def next_commands(run: str, train: str, longer: int | None) -> list[Field]:
@@ -295,7 +313,7 @@ def next_commands(run: str, train: str, longer: int | None) -> list[Field]:
         train: the command that trains, up to its flags; "" if only the user knows it.
         longer: a number of epochs to extend it to; None if it cannot be extended.
     """
-    quoted = shlex.quote(run)
+    quoted = shell_word(run)
     ours = "mnist-dist" if shutil.which("mnist-dist") else "python -m mnist_dist"
     fields = [("view", tensorboard_command(run)), ("check", f"{ours} evaluate {quoted}")]
     if longer is not None:

@@ -1,7 +1,7 @@
 """What a person sees: at a terminal, in a pipe, in a log file."""
 
+import os
 import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -141,14 +141,15 @@ def test_progress_continues_where_the_run_does(tmp_path: Path) -> None:
 
 def test_the_commands_that_it_ends_with_can_be_typed(tmp_path: Path) -> None:
     """`check` and `view` have tests of their own; this one extends the run as it says."""
-    ended = command(tmp_path, *launch(2), *FLAGS, "--epochs=1", "--run-dir=a run/first")
+    ended = command(tmp_path, *launch(2), *FLAGS, "--epochs=1", "--run-dir=a run/f\udce9rst")
     says = {line.split()[0]: line.split(maxsplit=1)[1] for line in ended.out.splitlines()}
     assert says["view"] == "tensorboard --logdir 'a run'"
-    assert says["check"].endswith(" evaluate 'a run/first'")
-    again = command(tmp_path, *shlex.split(says["extend"]))
+    assert says["check"].endswith(r" evaluate $'a run/f\xe9rst'")
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    again = command(tmp_path, "bash", "-c", says["extend"], environment=path)
     assert again.code == 0, again.err
     assert "resume at step 1000, 1 epoch done" in again.out
-    assert [r["epoch"] for r in metrics(tmp_path / "a run" / "first")] == [1, 1, 2, 2]
+    assert [r["epoch"] for r in metrics(tmp_path / "a run" / "f\udce9rst")] == [1, 1, 2, 2]
 
 
 def test_a_run_whose_length_is_part_of_its_schedule_is_not_said_to_extend(tmp_path: Path) -> None:
