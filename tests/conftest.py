@@ -13,9 +13,9 @@ from mnist_dist.lock import FileLock
 
 SHARED = Path(os.environ.get("MNIST_DIST_SHARED_DATA", ROOT.parent / "shared" / "data")).resolve()
 
-# Tests wait as much as they compute: four at a time take half as long as one after the other, on
-# two cores. More would take the time from jobs whose ends are being waited for.
-_AT_A_TIME = 4
+# Tests wait as much as they compute: six at a time keep two cores busy. More would take the time
+# from jobs whose ends are being waited for.
+_AT_A_TIME = 6
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
