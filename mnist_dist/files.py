@@ -96,7 +96,7 @@ def write_atomically(
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     sync_directory(path.parent)
 

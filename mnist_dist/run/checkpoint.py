@@ -43,16 +43,20 @@ class CheckpointStore:
     """The checkpoints of one run. Every rank may name it; only rank 0 opens, reads and writes."""
 
     def __init__(
-        self, directory: Path, keep: int, prepare: Callable[[], None] = lambda: None
+        self,
+        directory: Path,
+        keep: int,
+        prepare: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """Name the directory, and how many of the newest checkpoints to keep with the best.
 
-        `prepare` is called before each write, from the writing thread; it may raise OSError instead
-        of the write.
+        `prepare` is called before each save, and `check` before each file gets its name and before
+        old ones are deleted, from the writing thread. Both may raise OSError to prevent that.
         """
         self.directory = directory
         self.keep = keep
-        self._prepare = prepare
+        self._prepare, self._check = prepare, check
         self._unreadable: set[Path] = set()
         """Newer than the state of the run, so that they do not count as its checkpoints."""
         self._writer = ThreadPoolExecutor(1, "checkpoint-writer")
@@ -216,14 +220,17 @@ class CheckpointStore:
         path = self.directory / f"{name}.pt"
         sidecar = {**facts, "bytes": len(content), "sha256": digest, "replaces": _digest_of(path)}
         self.directory.mkdir(exist_ok=True)  # it alone may have been deleted
-        write_atomically(path.with_suffix(".json"), json.dumps(sidecar, indent=2).encode())
+        text = json.dumps(sidecar, indent=2).encode()
+        write_atomically(path.with_suffix(".json"), text, lambda _: self._check())
         try:
-            write_atomically(path, content)
+            write_atomically(path, content, lambda _: self._check())
         except OSError:
+            self._check()
             if not path.exists():  # the sidecar of nothing
                 path.with_suffix(".json").unlink(missing_ok=True)
             raise
         self._unreadable.discard(path)
+        self._check()
         for old in self._steps()[self.keep :]:
             old.unlink(missing_ok=True)
             old.with_suffix(".json").unlink(missing_ok=True)

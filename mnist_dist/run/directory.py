@@ -47,7 +47,7 @@ class RunDirectory:
         self._warn = warn
         self._lock = FileLock(path / ".lock")
         self.checkpoints = CheckpointStore(
-            path / "checkpoints", keep_checkpoints, self._before_checkpoints
+            path / "checkpoints", keep_checkpoints, self._before_checkpoints, self._lock.check
         )
 
     def __str__(self) -> str:
@@ -231,7 +231,6 @@ class RunDirectory:
         """Check that they would be written into this run, and that its metrics are on disk."""
         self._lock.check()
         self.writer.sync()
-        self._lock.check()  # the flush may have taken long
 
     def _write_status(
         self, status: Status, epoch: int, step: int, reason: str, resumable: bool = True
@@ -251,8 +250,7 @@ class RunDirectory:
         return content | {"resumable": resumable, "reason": reason, "time": time.time()}
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        self._lock.check()
-        write_atomically(self.path / name, _json(content))
+        write_atomically(self.path / name, _json(content), lambda _: self._lock.check())
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:

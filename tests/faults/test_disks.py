@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,9 +190,9 @@ class RefusedWrites:
         self.require_room(Path(f"/proc/self/fd/{descriptor}").readlink())
         return self._pwrite(descriptor, content, offset)
 
-    def write_atomically(self, path: Path, content: bytes) -> None:
+    def write_atomically(self, path: Path, *arguments: Any) -> None:
         self.require_room(path)
-        self._write(path, content)
+        self._write(path, *arguments)
 
     def require_room(self, path: Path) -> None:
         if path.name.startswith(self.name):

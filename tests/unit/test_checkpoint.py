@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from mnist_dist.errors import UserError
 from mnist_dist.files import read_regular, write_atomically
+from mnist_dist.lock import LockLostError
 from mnist_dist.run import checkpoint
 from mnist_dist.run.checkpoint import CheckpointStore, load_checkpoint
 
@@ -252,10 +254,10 @@ class FullDisk:
         self.full: set[str] = set()
         monkeypatch.setattr(checkpoint, "write_atomically", self.write)
 
-    def write(self, path: Path, content: bytes) -> None:
+    def write(self, path: Path, content: bytes, check: Callable[[Path], None]) -> None:
         if path.stem.partition("_")[0] in self.full:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write_atomically(path, content)
+        write_atomically(path, content, check)
 
 
 def test_a_checkpoint_that_could_not_be_written_keeps_none_from_the_disk(
@@ -306,6 +308,32 @@ def test_nothing_is_saved_before_the_metrics_of_its_epochs(tmp_path: Path) -> No
     store.flush()
     assert seen == [[], [], []]
     assert (store.load_best()["step"], store.newest_step) == (1, 1)
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, 2])
+def test_a_directory_lost_during_a_save_gets_no_checkpoint_and_loses_none(
+    steps_before: int, tmp_path: Path
+) -> None:
+    """Lost before the sidecar, the checkpoint, or the deletion of the oldest one."""
+    sound = 100
+
+    def check() -> None:
+        nonlocal sound
+        sound -= 1
+        if sound < 0:
+            raise LockLostError(errno.ESTALE, "it was replaced", "run")
+
+    store = CheckpointStore(tmp_path / "checkpoints", 1, check=check)
+    store.open()
+    oldest = write(store, 1)
+    sound = steps_before
+    store.save(state(2), 2, {})
+    with pytest.raises(LockLostError, match="replaced"):
+        store.flush()
+    assert oldest.exists()
+    assert oldest.with_suffix(".json").exists()
+    written = (store.directory / "step_00000002.pt").exists()
+    assert written == (steps_before == 2)
 
 
 def test_dying_between_the_two_files_of_a_replacement_leaves_the_old_one_sound(
