@@ -264,7 +264,7 @@ def disturb(scenes: list[Scene], folder: Path, name: str) -> Result:
 
 def report(results: list[Result], seconds: float) -> list[str]:
     """Return the table's lines, and one line for each kind of wrong outcome."""
-    lines = ["| disturbed by | job | times | distinct states | wrong |", "|---|---|---|---|---|"]
+    lines = ["| disturbance | job | times | distinct states | wrong |", "|---|---|---|---|---|"]
     groups = collections.defaultdict(list)
     for result in results:
         groups[result[0].split("/")[1], result[1]].append(result)

@@ -16,13 +16,19 @@ usage() { sed -n '3,5s/^# *//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 [ $# -ge 3 ] || usage
 head=${1%:*} port=${1##*:} hosts=$2 node_rank=$3
 shift 3
-[[ $port =~ ^[0-9]+$ && $hosts =~ ^[0-9]+(:[0-9]+)?$ && $node_rank =~ ^[0-9]+$ ]] || usage
+[[ $port =~ ^[0-9]{1,5}$ && $hosts =~ ^[0-9]{1,5}(:[0-9]{1,5})?$ && $node_rank =~ ^[0-9]{1,5}$ ]] || usage
+fail() { echo "mnist-dist: error: $1" >&2; exit 2; }
+most=$((10#${hosts#*:}))
+((10#$port >= 1 && 10#$port <= 65535)) || fail "port $port: must be 1 to 65535"
+((10#${hosts%:*} >= 1 && 10#${hosts%:*} <= most)) || fail "NODES $hosts: must be 1 or more, or MIN:MAX"
+((10#$node_rank < most)) || fail "NODE_RANK $node_rank: must be 0 to $((most - 1)) for NODES $hosts"
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 if [ -z "${PROCESSES:-}" ]; then
   PROCESSES=$(PYTHONPATH=$repository python -m mnist_dist.distributed.gpu_count)
   [ "$PROCESSES" -gt 0 ] || PROCESSES=2
 fi
+[[ $PROCESSES =~ ^[1-9][0-9]*$ ]] || fail "PROCESSES=$PROCESSES: must be a number above 0; unset it for the default"
 
 # Check the name, and that the port is free (on HEAD) or reachable (elsewhere); find the interface.
 found=$(PYTHONPATH=$repository python -m mnist_dist.distributed.network "$head" "$port" "$node_rank")

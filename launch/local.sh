@@ -10,6 +10,10 @@ if [ -z "${PROCESSES:-}" ]; then
   PROCESSES=$(PYTHONPATH=$repository python -m mnist_dist.distributed.gpu_count)
   [ "$PROCESSES" -gt 0 ] || PROCESSES=2
 fi
+if ! [[ $PROCESSES =~ ^[1-9][0-9]*$ ]]; then
+  echo "mnist-dist: error: PROCESSES=$PROCESSES: must be a number above 0; unset it for the default" >&2
+  exit 2
+fi
 # torchrun's default, 1, makes the job choose the number by CPUs and quota.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 

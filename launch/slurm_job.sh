@@ -14,6 +14,10 @@ if [ -n "$ACTIVATE" ]; then
   # shellcheck source=/dev/null
   . "$ACTIVATE" || { say "ACTIVATE=$ACTIVATE: set it to the file that activates your environment"; exit 2; }
 fi
+if ! [[ $MAX_REQUEUES =~ ^[0-9]+$ ]]; then
+  say "MAX_REQUEUES=$MAX_REQUEUES: must be a whole number"
+  exit 2
+fi
 set -u # not before: some activation scripts fail with it
 
 # One process per GPU where there are GPUs, else per task of the header.

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from mnist_dist import __version__
+from mnist_dist.distributed.launcher import set_interrupts_fatal
 from mnist_dist.errors import ReportedError, UserError, prepare_streams, print_line, print_result
 
 # Each module has `run(flags)`, which returns the exit code or exits the process. Only the module of
@@ -42,7 +43,10 @@ def _run(words: Sequence[str]) -> int:
         case ["--help" | "-h"] | []:
             print_result(_usage())
         case [command, *flags] if command in _COMMANDS:
-            code: int = importlib.import_module(_COMMANDS[command][0]).run(flags)
+            set_interrupts_fatal(True)
+            module = importlib.import_module(_COMMANDS[command][0])
+            set_interrupts_fatal(False)
+            code: int = module.run(flags)
             return code
         case [unknown, *_]:
             raise UserError(f"no command {unknown!r}; see --help")

@@ -285,7 +285,7 @@ def _validate(config: TrainConfig) -> None:
     for name in ("epochs", "global_batch_size", "keep_checkpoints", "checkpoint_every_epochs"):
         _require(config, name, getattr(config, name) >= 1, "must be 1 or more")
     _require(config, "epochs", config.epochs <= 10**6, "must be 1000000 or less")
-    _require(config, "lr", 0 < config.lr < math.inf, "must be above 0, such as 0.001")
+    _require(config, "lr", 0 < config.lr < math.inf, "must be finite and above 0, such as 0.001")
     _require(config, "momentum", 0 <= config.momentum < 1, "must be at least 0 and less than 1")
     _require(config, "weight_decay", 0 <= config.weight_decay < math.inf, "must be 0 or more")
     _require(config, "random_shift", 0 <= config.random_shift < IMAGE_SIDE, "must be 0 to 27")

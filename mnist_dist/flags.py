@@ -78,8 +78,15 @@ def given_flags(kind: type[Any], argv: Sequence[str], program: str) -> dict[str,
     if unknown:
         suggestion = _closest([_name(field) for field in dataclasses.fields(kind)], unknown)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{suggestion}")
-    values = vars(namespace).items()
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values}
+    given = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(namespace).items()
+    }
+    for field in dataclasses.fields(kind):  # as from a shell's variable that is not set
+        value = given.get(field.name)
+        if value == "" or (isinstance(value, tuple) and "" in value):
+            parser.error(f"{_name(field)} '': must not be empty")
+    return given
 
 
 def check_value(kind: type[Any], name: str, value: Any) -> Any:

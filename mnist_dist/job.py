@@ -299,10 +299,12 @@ def _set_up(config: TrainConfig, world: World) -> Job:
         from mnist_dist.fast import check_manual_step
 
         check_manual_step(build_model(), world.device, _unsupported_flags(config))
-    check_compression(config.grad_compression, world.backend)
+    check_compression(config.grad_compression, world)
     set_precision(config.precision, world.device)
     set_threads(world.launch, -(-config.global_batch_size // world.world_size))
     console = Console(enabled=world.is_main_process)
+    if config.grad_compression != "none" and world.world_size == 1:
+        console.warn(f"--grad-compression {config.grad_compression}: has no effect in one process")
     path = world.once_per_host(lambda: find_run_directory(config.run_dir, world.launch.job_id))
     run = RunDirectory(path, config.keep_checkpoints, console.warn)
     kept = world.on_main(lambda: run.data)  # on all ranks, whose flags are compared later

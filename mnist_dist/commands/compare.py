@@ -135,9 +135,12 @@ def run(flags: Sequence[str]) -> int:
 
 def _load(path: Path) -> _Run:
     """Read a run's files. Raises UserError if there are no losses to compare."""
-    summaries = [each for each in list_runs(path) if each.path == str(path)]
+    summaries = (
+        [each for each in list_runs(path) if each.path == str(path)] if path.is_dir() else []
+    )
     if not summaries:
-        raise UserError(f"{path}: not a run directory; use a directory in runs/")
+        fault = "not a run directory" if path.exists() else "no such directory"
+        raise UserError(f"{path}: {fault}; use the directories of runs, such as those in runs/")
     file = path / "metrics.jsonl"
     losses: dict[int, dict[str, float | None]] = {}
     records = list(read_records(file))

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 # Before torch, which takes seconds to import: it records the parent to exit with.
 from mnist_dist.distributed.launcher import Launch  # isort: skip
@@ -76,6 +76,8 @@ def evaluate(
         UserError: the model or the data cannot be used, or `data` is None and the data that was
             found is not that of the run.
     """
+    if split not in get_args(SplitName):
+        raise UserError(f"split {split!r}: use one of {', '.join(get_args(SplitName))}")
     source, cache = (None if path is None else str(path) for path in (data, cache_dir))
     config = EvaluateConfig(str(model), source, split, cache_dir=cache)
     world = World(Launch("none"), torch.device("cpu"), "none")

@@ -89,6 +89,8 @@ def find_checkpoint(path: Path) -> Path:
     """
     path = path.expanduser() if path.parts[:1] == ("~",) else path
     if path.is_file():
+        if path.suffix == ".json":
+            raise UserError(f"{path}: not a checkpoint, whose name ends in .pt; {_REMEDY}")
         return path
     if not path.is_dir():
         fault = "not a regular file" if path.exists() else "no such file or directory"
@@ -102,6 +104,8 @@ def find_checkpoint(path: Path) -> Path:
             f"{path}: the run has no best.pt yet: no epoch is finished; use a checkpoint, such as "
             f"{steps[-1]}"
         )
+    if (path / "status.json").exists():
+        raise UserError(f"{path}: the run has no best.pt: no epoch was finished; use another run")
     raise UserError(f"{path}: not a run directory: it has no checkpoints/best.pt; {_REMEDY}")
 
 

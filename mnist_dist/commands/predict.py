@@ -45,17 +45,20 @@ class Prediction:
     """Why the digit may be misread: several digits in the image, or one that is cut off."""
 
 
-def predict(model: nn.Module | str | Path, images: Iterable[str | Path]) -> list[Prediction]:
+def predict(
+    model: nn.Module | str | Path, images: str | Path | Iterable[str | Path]
+) -> list[Prediction]:
     """Classify images of digits.
 
     Args:
         model: from `load_model`, on any device, or a run directory or checkpoint.
-        images: PNG or JPEG files, or directories of them.
+        images: PNG or JPEG files, or directories of them; one or several.
 
     Raises:
         UserError: a file cannot be used.
     """
     network = model if isinstance(model, nn.Module) else load_model(model)
+    images = [images] if isinstance(images, str | Path) else images
     files = [file for image in images for file in find_images(image)]
     return [_predict(network, file) for file in files]
 

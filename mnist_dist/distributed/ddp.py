@@ -84,9 +84,9 @@ def settle_buckets(model: DistributedDataParallel) -> None:
     model.train(was_training)
 
 
-def check_compression(compression: Compression, backend: str) -> None:
-    """Raise UserError if PyTorch's hook for `compression` does not work over `backend`."""
-    if compression == "bf16" and backend == "gloo":
+def check_compression(compression: Compression, world: World) -> None:
+    """Raise UserError if PyTorch's hook for `compression` does not work on these devices."""
+    if compression == "bf16" and (world.backend == "gloo" or world.device.type == "cpu"):
         raise UserError(
             "--grad-compression bf16: PyTorch's hook needs GPUs with NCCL; use powersgd, or none"
         )

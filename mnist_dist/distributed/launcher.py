@@ -37,6 +37,23 @@ def _note_parent() -> None:
 os.register_at_fork(after_in_child=_note_parent)
 
 
+def set_interrupts_fatal(fatal: bool) -> None:
+    """Let Ctrl-C end this process at once and silently, or, as usual, raise KeyboardInterrupt.
+
+    For the seconds in which torch is imported: its and NumPy's imports swallow exceptions, and may
+    leave modules half imported. Another handler, or a signal that is ignored, stays.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if fatal and handler is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    elif not fatal and handler == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "").name == "train_ddp.py":
+    set_interrupts_fatal(True)  # a program, not a library; until `run_rank`
+
+
 def exit_with_parent(rank: int) -> None:
     """Exit within a second of the launcher's end from now on, even after its `kill -9`.
 

@@ -15,6 +15,7 @@ from mnist_dist.distributed.launcher import (  # isort: skip
     exit_with_parent,
     read_launch,
     refuse_mpirun,
+    set_interrupts_fatal,
 )
 
 import torch.distributed as dist
@@ -47,6 +48,7 @@ def run_rank(work: Callable[[Launch], int | None]) -> int:
 @elastic_errors.record
 def _run_rank(work: Callable[[Launch], int | None]) -> int:
     launch = Launch("none")
+    set_interrupts_fatal(False)  # torch is imported now
     try:
         launch = read_launch()
         refuse_mpirun(launch)

@@ -178,9 +178,9 @@ class CheckpointStore:
             return state, list(map(str, passed_over.values()))
         if passed_over:
             raise UserError(
-                "--run-dir: every checkpoint is damaged or unreadable "
+                "--run-dir: every step_*.pt is damaged or unreadable "
                 f"({'; '.join(map(str, passed_over.values()))}); "
-                "use another --run-dir to start over"
+                "restore a copy of one, or use another --run-dir to start over"
             )
         return None, []
 

@@ -294,7 +294,7 @@ def shell_word(text: str) -> str:
 
 def _has_encoding(text: str) -> bool:
     try:
-        text.encode(sys.stdout.encoding or "ascii")
+        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")  # there may be no stdout
     except UnicodeEncodeError:
         return False
     return True

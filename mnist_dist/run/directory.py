@@ -259,8 +259,8 @@ class RunDirectory:
         except LockLostError as error:
             raise JobError(
                 f"{self}: {error.strerror} while the job ran, and another job may be writing "
-                "there, so this one ends without writing anything more; start it again with "
-                "--run-dir set to the run's current location"
+                "there, so this one ends without writing anything more; start it again, with "
+                "--run-dir set to the run's new location if it was moved"
             ) from error
         except OSError as error:
             intact = self.checkpoints.newest_step is not None

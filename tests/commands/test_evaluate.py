@@ -156,6 +156,10 @@ def test_the_data_of_a_run_is_found_from_any_directory(
     config["data"] = "data/mine.npz"
     (run / "config.json").write_text(json.dumps(config))
     assert mnist_dist.evaluate(run).confusion == today.confusion
+    with pytest.raises(
+        mnist_dist.UserError, match="split 'tset': use one of train, validation, test"
+    ):
+        mnist_dist.evaluate(run, split="tset")  # type: ignore[arg-type]
     source.unlink()
     with pytest.raises(
         mnist_dist.UserError, match=r"data/mine\.npz: no such file .*\(the --data in config\.json"

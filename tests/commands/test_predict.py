@@ -232,7 +232,7 @@ def test_digits_in_pictures_as_people_take_them_are_read(
     """Of ten digits that the model knows. The benchmark counts a hundred of each."""
     known = (seen(model, digits) == digits.labels).nonzero().flatten().tolist()[:10]
     labels = photographs.write_photographs(digits, known, tmp_path / "pictures", condition)
-    found = mnist_dist.predict(model, [tmp_path / "pictures"])
+    found = mnist_dist.predict(model, tmp_path / "pictures")
     right = [one.digit == label for one, label in zip(found, labels, strict=True)]
     assert sum(right) >= 9
     if condition == "plain paper":
@@ -375,6 +375,15 @@ def test_what_is_no_file_is_not_waited_for(
 def test_the_function_raises_what_the_command_says(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(mnist_dist.UserError, match=r"nowhere\.png: no such file"):
         mnist_dist.predict(trained, [tmp_path / "nowhere.png"])
+
+
+@pytest.mark.parametrize("words", [["runs", ""], ["compare", "run", ""], ["predict", "run", ""]])
+def test_an_empty_name_is_no_name_of_the_current_directory(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'': must not be empty" in line
 
 
 def test_a_pictures_prediction_does_not_depend_on_its_company(

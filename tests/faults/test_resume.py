@@ -195,7 +195,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_silently_begun_anew(tmp_
         first, second = run_job(tmp_path, 2, f"--run-dir={run}", *SMALL)
         assert (first.code, second.code) == (2, 2)
         (line,) = first.err.splitlines()
-        assert "every checkpoint is damaged" in line
+        assert "every step_*.pt is damaged" in line
         assert "step_00000012.pt" in line
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +44,31 @@ def test_plain_python_trains_without_a_process_group(tmp_path: Path) -> None:
     assert ended.code == 0, ended.err
     assert "1 process, cpu" in ended.out
     assert len(metrics(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize("program", ["train_ddp.py", "mnist-dist"])
+def test_ctrl_c_while_torch_is_imported_ends_at_once_without_a_word(
+    program: str, tmp_path: Path
+) -> None:
+    command = [str(Path(sys.executable).parent / "mnist-dist"), "train"]
+    words = [sys.executable, SCRIPT] if program == "train_ddp.py" else command
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell's child has
+    try:
+        job = subprocess.Popen(
+            [*words, "--data=bundled", "--run-dir=run"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with job:
+        while "libtorch_cpu" not in Path(f"/proc/{job.pid}/maps").read_text():
+            assert job.poll() is None
+        job.send_signal(signal.SIGINT)
+        output, _ = job.communicate(timeout=60)
+    assert (job.returncode, output) == (-signal.SIGINT, b"")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_installed_command_is_the_same_job(tmp_path: Path) -> None:

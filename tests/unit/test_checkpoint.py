@@ -234,9 +234,9 @@ def test_all_damaged_is_a_refusal_and_no_fresh_start(tmp_path: Path) -> None:
     store = opened(tmp_path)
     for step in (1, 2):
         write(store, step).write_bytes(b"")
-    with pytest.raises(UserError, match="every checkpoint is damaged"):
+    with pytest.raises(UserError, match=r"every step_\*\.pt is damaged"):
         store.load_latest()
-    with pytest.raises(UserError, match="every checkpoint is damaged"):
+    with pytest.raises(UserError, match=r"every step_\*\.pt is damaged"):
         opened(tmp_path).load_latest()
 
 

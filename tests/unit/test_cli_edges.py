@@ -48,6 +48,12 @@ def test_training_goes_on_when_its_reader_leaves(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
+def test_training_completes_without_a_standard_output(tmp_path: Path) -> None:
+    ended = shell(tmp_path, f"mnist-dist train {' '.join(SMALL)} --run-dir=run >&-")
+    assert (ended.code, ended.out) == (0, ""), ended.err
+    assert '"completed"' in (tmp_path / "run" / "status.json").read_text()
+
+
 def test_help_whose_reader_leaves_is_silent(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -107,6 +107,8 @@ def test_flags_may_be_written_with_underscores() -> None:
         (["--profile=yes"], ["--profile", "yes"]),
         (["--quick"], ["--quick; --help"]),
         (["stray"], ["stray"]),
+        (["--config", ""], ["--config ''", "must not be empty"]),
+        (["--data="], ["--data ''", "must not be empty"]),
         (["--config=/nowhere/c.json"], ["--config", "/nowhere/c.json", "No such file"]),
     ],
 )  # fmt: skip

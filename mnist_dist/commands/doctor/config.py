@@ -49,8 +49,6 @@ def parse(argv: Sequence[str]) -> DoctorConfig:
     config = parse_flags(DoctorConfig, argv, "mnist-dist doctor")
     if not 5 <= config.timeout <= 3600:
         raise UserError(f"--timeout {config.timeout:g}: must be from 5 to 3600 seconds")
-    if not config.run_dir:
-        raise UserError("--run-dir: give a path or omit the flag")
     if config.backend == "nccl" and config.device == "cpu":
         raise UserError("--backend nccl: NCCL needs GPUs; use gloo with --device cpu")
     if config.precision == "tf32" and config.device == "cpu":
