@@ -1,6 +1,7 @@
 """No test touches the network or the user's cache."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from mnist_dist.lock import FileLock
 
 SHARED = Path(os.environ.get("MNIST_DIST_SHARED_DATA", ROOT.parent / "shared" / "data")).resolve()
 
-# Tests wait as much as they compute: six at a time keep two cores busy. More would take the time
-# from jobs whose ends are being waited for.
-_AT_A_TIME = 6
+# Tests wait as much as they compute: four at a time take half as long as one after the other, on
+# two cores. More would take the time from jobs whose ends are being waited for.
+_AT_A_TIME = 4
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -48,6 +49,9 @@ def sealed_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["MNIST_DIST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["MNIST_DIST_URL"] = "http://127.0.0.1:9/mnist.pkl.gz"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Jobs inherit signals that are ignored, as by nohup or in a shell's background.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

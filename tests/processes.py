@@ -10,6 +10,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,7 @@ def run_ranks(
         results = []
         for number, (receiver, _) in enumerate(pipes):
             if not receiver.poll(timeout):
+                _print_stacks(ranks)
                 raise TimeoutError(f"rank {number} of {world_size} gave nothing in {timeout} s")
             try:
                 ok, value = receiver.recv()
@@ -115,6 +118,14 @@ def run_ranks(
         for rank in ranks:
             if rank.pid is not None:
                 rank.kill()
+
+
+def _print_stacks(ranks: Sequence[BaseProcess]) -> None:
+    """Let each rank print where it is, see `faulthandler.enable` below, and die of it."""
+    for rank in ranks:
+        if rank.is_alive() and rank.pid is not None:
+            os.kill(rank.pid, signal.SIGABRT)
+            rank.join(5)
 
 
 def _rank(

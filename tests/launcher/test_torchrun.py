@@ -52,17 +52,12 @@ def test_ctrl_c_while_torch_is_imported_ends_at_once_without_a_word(
 ) -> None:
     command = [str(Path(sys.executable).parent / "mnist-dist"), "train"]
     words = [sys.executable, SCRIPT] if program == "train_ddp.py" else command
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell's child has
-    try:
-        job = subprocess.Popen(
-            [*words, "--data=bundled", "--run-dir=run"],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
-    with job:
+    with subprocess.Popen(
+        [*words, "--data=bundled", "--run-dir=run"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as job:
         while "libtorch_cpu" not in Path(f"/proc/{job.pid}/maps").read_text():
             assert job.poll() is None
         job.send_signal(signal.SIGINT)
