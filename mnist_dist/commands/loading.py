@@ -104,7 +104,7 @@ def find_checkpoint(path: Path) -> Path:
             f"{path}: the run has no best.pt yet: no epoch is finished; use a checkpoint, such as "
             f"{steps[-1]}"
         )
-    if (path / "status.json").exists():
+    if (path / "status.json").exists() and (path / "checkpoints").is_dir():
         raise UserError(f"{path}: the run has no best.pt: no epoch was finished; use another run")
     raise UserError(f"{path}: not a run directory: it has no checkpoints/best.pt; {_REMEDY}")
 
