@@ -231,3 +231,16 @@ def test_a_run_without_a_finished_epoch_says_which_checkpoint_there_is(tmp_path:
     (run / "checkpoints" / "best.pt").unlink()
     with pytest.raises(mnist_dist.UserError, match=r"no best\.pt yet.*step_00000002\.pt"):
         mnist_dist.load_model(run)
+
+
+def test_what_holds_no_model_yet_is_named_for_what_it_is(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "status.json").write_text("{}")
+    with pytest.raises(mnist_dist.UserError, match=r"run: the run has no best\.pt: no epoch was"):
+        mnist_dist.load_model(run)
+    (run / "checkpoints").rmdir()
+    with pytest.raises(mnist_dist.UserError, match=r"run: .*it has no checkpoints/best\.pt"):
+        mnist_dist.load_model(run)
+    with pytest.raises(mnist_dist.UserError, match=r"status\.json: not a checkpoint, whose name"):
+        mnist_dist.load_model(run / "status.json")
