@@ -250,6 +250,7 @@ class RunDirectory:
         return content | {"resumable": resumable, "reason": reason, "time": time.time()}
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        self._lock.check()  # first, or a full disk would hide that the directory is another's
         write_atomically(self.path / name, _json(content), lambda _: self._lock.check())
 
     @contextlib.contextmanager
