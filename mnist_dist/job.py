@@ -307,7 +307,7 @@ def _set_up(config: TrainConfig, world: World) -> Job:
         console.warn(f"--grad-compression {config.grad_compression}: has no effect in one process")
     path = world.once_per_host(lambda: find_run_directory(config.run_dir, world.launch.job_id))
     run = RunDirectory(path, config.keep_checkpoints, console.warn)
-    kept = world.on_main(lambda: run.data)  # on all ranks, whose flags are compared later
+    kept = world.on_main(lambda: run.data)  # on all ranks: flags are compared later
     if config.data == "auto" and kept == "bundled":
         config = replace(config, data="bundled")  # although MNIST may be found by now
     dataset = _load_data(config, world, console)

@@ -135,9 +135,8 @@ def run(flags: Sequence[str]) -> int:
 
 def _load(path: Path) -> _Run:
     """Read a run's files. Raises UserError if there are no losses to compare."""
-    summaries = (
-        [each for each in list_runs(path) if each.path == str(path)] if path.is_dir() else []
-    )
+    found = list_runs(path) if path.is_dir() else []
+    summaries = [each for each in found if each.path == str(path)]
     if not summaries:
         fault = "not a run directory" if path.exists() else "no such directory"
         raise UserError(f"{path}: {fault}; use the directories of runs, such as those in runs/")

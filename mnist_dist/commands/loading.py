@@ -90,7 +90,7 @@ def find_checkpoint(path: Path) -> Path:
     path = path.expanduser() if path.parts[:1] == ("~",) else path
     if path.is_file():
         if path.suffix == ".json":
-            raise UserError(f"{path}: not a checkpoint, whose name ends in .pt; {_REMEDY}")
+            raise UserError(f"{path}: not a checkpoint (*.pt); {_REMEDY}")
         return path
     if not path.is_dir():
         fault = "not a regular file" if path.exists() else "no such file or directory"

@@ -231,6 +231,7 @@ class RunDirectory:
         """Check that they would be written into this run, and that its metrics are on disk."""
         self._lock.check()
         self.writer.sync()
+        self._lock.check()  # the flush may have taken long
 
     def _write_status(
         self, status: Status, epoch: int, step: int, reason: str, resumable: bool = True

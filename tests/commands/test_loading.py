@@ -242,5 +242,5 @@ def test_what_holds_no_model_yet_is_named_for_what_it_is(tmp_path: Path) -> None
     (run / "checkpoints").rmdir()
     with pytest.raises(mnist_dist.UserError, match=r"run: .*it has no checkpoints/best\.pt"):
         mnist_dist.load_model(run)
-    with pytest.raises(mnist_dist.UserError, match=r"status\.json: not a checkpoint, whose name"):
+    with pytest.raises(mnist_dist.UserError, match=r"status\.json: not a checkpoint \(\*\.pt\)"):
         mnist_dist.load_model(run / "status.json")

@@ -88,7 +88,7 @@ def group_options(error_handling: str) -> tuple[str, str | None]:
 def test_a_group_for_gpus_has_gloo_for_cpus_too_and_no_watchdog_that_aborts(
     given: str, used: str
 ) -> None:
-    """Torchrun gives its ranks 1, which nobody chose."""
+    """1 is torchrun's own default."""
     assert run_ranks(group_options, 2, given) == [("cpu:gloo,cuda:nccl nccl [0, 1]", used)] * 2
 
 
