@@ -114,17 +114,20 @@ class CheckpointStore:
         self._pending = [written for written in self._pending if written not in ended]
         return [error for written in ended if (error := _os_error(written)) is not None]
 
-    def flush(self) -> None:
-        """Return when everything that was saved is on disk; what failed before is tried again.
+    def flush(self) -> list[OSError]:
+        """Wait until everything that was saved is on disk; what failed before is tried again.
+
+        Returns:
+            Why earlier writes failed, since the last call of this or `save`.
 
         Raises:
             OSError: something could not be written.
         """
         last_try = self._writer.submit(self._write_files, {}, None)
         pending, self._pending = self._pending, []
-        for written in pending:
-            _os_error(written)
+        failures = [error for written in pending if (error := _os_error(written)) is not None]
         last_try.result()
+        return failures
 
     def _write_files(
         self, files: dict[str, tuple[bytes, dict[str, Any]]], afterwards: Callable[[], None] | None
@@ -190,7 +193,6 @@ class CheckpointStore:
         Raises:
             UserError: it is missing or damaged.
         """
-        self.flush()
         best: dict[str, Any] = load_checkpoint(self.directory / "best.pt")
         return best
 

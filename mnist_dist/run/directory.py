@@ -168,13 +168,15 @@ class RunDirectory:
             self._warn(f"a checkpoint could not be written ({_reason(error)}); training continues")
 
     def flush(self) -> None:
-        """Wait until every checkpoint is on disk.
+        """Wait until every checkpoint is on disk; warn of failures that no longer matter.
 
         Raises:
             JobError: one, or the metrics of its epochs, could not be written.
         """
         with self._failing():
-            self.checkpoints.flush()
+            failures = self.checkpoints.flush()
+        for error in failures:
+            self._warn(f"a checkpoint could not be written at first ({_reason(error)})")
 
     def load_best(self) -> dict[str, Any]:
         """Return the state in best.pt, once everything saved is on disk.

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,24 @@ def test_a_checkpoint_that_could_not_be_written_keeps_none_from_the_disk(
     assert store.save(state(2), 2, {}) == []
     store.flush()
     assert [path.name for path in store.directory.glob("*.pt")] == ["step_00000002.pt"]
+
+
+def test_a_failure_is_reported_however_late_the_disk_was(tmp_path: Path) -> None:
+    free = threading.Event()
+    failures = iter([OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")])
+
+    def wait_for_the_disk() -> None:
+        free.wait(60)
+        for failure in failures:
+            raise failure
+
+    store = CheckpointStore(tmp_path / "checkpoints", 3, wait_for_the_disk)
+    store.open()
+    assert store.save(state(1), 1, {}) == []
+    free.set()
+    (failure,) = store.flush()
+    assert failure.filename == "metrics.jsonl"
+    assert (store.newest_step, store.flush()) == (1, [])
 
 
 def test_the_best_is_written_again_before_the_next_checkpoint(
