@@ -130,6 +130,10 @@ COMMANDS: dict[str, Here | By | Never] = {
     "sbatch launch/slurm_multi_node.sbatch": By(_COMPLETES, "slurm_multi_node.sbatch"),
     "sbatch launch/slurm_srun.sbatch": By(_COMPLETES, "slurm_srun.sbatch"),
     "sbatch launch/slurm_srun.sbatch --epochs 1": By(_COMPLETES, "slurm_srun.sbatch"),
+    "sbatch launch/slurm_srun.sbatch --epochs 1000": By(_COMPLETES, "slurm_srun.sbatch"),
+    "srun --account=A --partition=P --gpus-per-node=2": Never(
+        "the tests' Slurm has no accounts and no GPUs"
+    ),
     "sbatch launch/slurm_srun.sbatch --run-dir runs/mine": By(_COMPLETES, "slurm_srun.sbatch"),
     "sbatch --export=ALL,MAX_REQUEUES=3,INTERFACE=ib0 launch/slurm_srun.sbatch --epochs 100": By(
         _SLURM + "test_requeues_are_bounded", "MAX_REQUEUES="
