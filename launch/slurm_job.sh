@@ -26,7 +26,6 @@ tasks_per_node=${SLURM_GPUS_ON_NODE:-0}
 cpus_per_task=${SLURM_CPUS_PER_TASK:-1}
 # Since Slurm 22.05 srun does not inherit --cpus-per-task.
 export SRUN_CPUS_PER_TASK=$cpus_per_task
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus_per_task}
 if [ -n "$INTERFACE" ]; then
   export INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
 fi
