@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from mnist_dist.commands.loading import load_model
 from mnist_dist.commands.predict import predict
@@ -200,6 +200,13 @@ def small_canvas(page: Page, random: Random) -> Page:
     return np.asarray(image, np.float64)
 
 
+def thick_pen(page: Page, random: Random) -> Page:
+    """Draw with strokes up to twice as wide."""
+    image = Image.fromarray(np.rint(255 * page).astype(np.uint8)).reduce(8)
+    image = image.filter(ImageFilter.MinFilter(3))
+    return np.asarray(image.resize(page.shape[::-1], Image.Resampling.BICUBIC), np.float64) / 255
+
+
 def inverted(condition: Condition) -> Condition:
     return lambda page, random: 1 - condition(page, random)
 
@@ -230,7 +237,9 @@ CONDITIONS: dict[str, Condition] = {
     "dark corners": vignette,
     "hard shadow": hard_shadow,
     "paper on a table": paper_on_table,
+    "thick pen": thick_pen,
     "white on black": inverted(plain),
+    "white on black, thick": inverted(thick_pen),
     "white on black, blot": inverted(blot),
     "white on black, ruled": inverted(ruled),
     "white on black, box": inverted(printed_box),

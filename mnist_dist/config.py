@@ -249,7 +249,8 @@ def _read_config_file(path: str) -> dict[str, Any]:
         UserError: names the file, the setting, its value and the remedy.
     """
     try:
-        values = json.loads(read_regular(Path(path), _LARGEST_FILE))
+        content = read_regular(Path(path), _LARGEST_FILE)
+        values = json.loads(content, object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise UserError(
             f"--config {path}: {error.strerror}; use the config.json of a run"
@@ -270,6 +271,14 @@ def _read_config_file(path: str) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from error
     return RECIPES.get(settings.get("recipe", ""), {}) | settings
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    settings = dict(pairs)
+    if len(settings) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)!r} is given more than once")
+    return settings
 
 
 def _check_setting(name: str, value: Any) -> Any:

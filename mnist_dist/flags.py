@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -107,7 +108,17 @@ def check_value(kind: type[Any], name: str, value: Any) -> Any:
             value = float(value)
     if type(value) is not base:
         raise ValueError(f"must be {_NAMES[base]}")
+    if base is str and not _can_be_typed(value):
+        raise ValueError("must be text without null characters and lone surrogates")
     return value
+
+
+def _can_be_typed(text: str) -> bool:
+    """Return whether a command line can hold the text, also as bytes that are not UTF-8."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -180,6 +191,8 @@ def _reader(base: type[Any], optional: bool) -> Callable[[str], Any]:
         if optional and text == "None":  # unsets what a config file has set
             return None
         try:
+            if base is not str and "_" in text:  # Python takes 1_0 for 10
+                raise ValueError
             return base(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {_NAMES[base]}") from None

@@ -141,6 +141,7 @@ class Job:
         facts = world.facts() | data
         hparams = config.hparams() | {"world_size": world.world_size}
         world.on_main(lambda: self.run.start(state, config.to_json(), facts, hparams))
+        self.run.state = state  # on all ranks: their errors name the step
         hosts = f" on {len(facts['hosts'])} hosts" if len(facts["hosts"]) > 1 else ""
         threads = counted(torch.get_num_threads(), "thread")
         each = " each" if world.world_size > 1 else ""
@@ -283,11 +284,11 @@ def open_job(config: TrainConfig, launch: Launch) -> Iterator[Job]:
     except BaseException as error:
         if job is None:
             raise
-        step = job.run.state.step if job.run.state else 0
-        if isinstance(error, PeerLostError):
-            error = PeerLostError(f"{error}; this was at step {step + 1}")
+        step = job.run.state.step + 1 if job.run.state else None
+        if isinstance(error, PeerLostError) and step:
+            error = PeerLostError(f"{error}; this was at step {step}")
         elif isinstance(error, ConnectionError) and job.world.world_size == 1:
-            error = JobError(f"{error} at step {step + 1}; nvidia-smi and dmesg show its state")
+            error = JobError(f"{error} at step {step or 1}; nvidia-smi and dmesg show its state")
         if job.world.is_main_process:
             job.run.end(error)
         raise error

@@ -23,6 +23,8 @@ Box = tuple[int, int, int, int]
 _PAPER_WINDOW, _STROKE_WINDOWS = 1 / 3, (1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6)
 # What strokes differ from paper, as a mean of squares, of the square of the picture's range.
 _ENOUGH_INK = 0.004
+# How many times as much ink of one kind settles whether ink is dark.
+_OUTWEIGHS = 2.5
 # Paper in the dark counts as this bright, of the brightest: dark noise is no ink.
 _DARKEST = 0.3
 # Minimum contrast of ink to paper, and of a pixel, of the digit's: less is paper and shadows.
@@ -117,7 +119,10 @@ def _is_ink_dark(grey: Grey) -> bool:
         for window in _STROKE_WINDOWS
     ]
     enough = min(_ENOUGH_INK * np.ptp(levels) ** 2, max(map(max, removed)) / 2)
-    dark, light = next(ink for ink in removed if max(ink) >= enough)
+    first = next(place for place, ink in enumerate(removed) if max(ink) >= enough)
+    # What bold strokes enclose is narrower than they are, but they outweigh it in wider squares.
+    wider = removed[min(first + 2, len(removed) - 1)]
+    dark, light = wider if max(wider) >= _OUTWEIGHS * min(wider) else removed[first]
     return dark >= light
 
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -191,4 +192,6 @@ def test_a_rank_killed_inside_a_sum_ends_the_others_and_leaves_nothing_behind(
         held = job.holdings()
         assert job.wait(timeout=60) == 1
         assert "rank 1 did not respond" in job.output
+        steps = [int(step) for step in re.findall(r"this was at step (\d+)", job.output)]
+        assert min(steps) > 900, "each rank that ends knows the step"
         assert job.left_over(held) == []

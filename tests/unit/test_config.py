@@ -79,6 +79,8 @@ def test_flags_may_be_written_with_underscores() -> None:
     [
         (["--lr", "-1"], ["--lr", "-1", "above 0"]),
         (["--lr=nan"], ["--lr", "nan"]),
+        (["--lr=1_0"], ["--lr", "1_0", "number"]),
+        (["--epochs=1_0"], ["--epochs", "1_0", "whole number"]),
         (["--lr", "fast"], ["--lr", "'fast'", "number"]),
         (["--global-batch-size", "0"], ["--global-batch-size", "0", "1 or more"]),
         (["--epochs", "x"], ["--epochs", "'x'", "whole number"]),
@@ -140,6 +142,9 @@ def test_a_bad_flag_is_one_line_that_names_it(argv: list[str], names: list[str])
         ('{"schedule": "cosine"}', ["--schedule", "cosine", "use one of constant, onecycle"]),
         ('{"schedule": ["constant"]}', ["--schedule", "use one of constant, onecycle"]),
         ('{"data": 5}', ["--data", "5", "must be a string"]),
+        ('{"data": "a\\u0000b"}', ["--data", "a\\u0000b", "null characters"]),
+        ('{"data": "\\ud800"}', ["--data", "\\ud800", "lone surrogates"]),
+        ('{"epochs": 2, "epochs": 3}', ["'epochs' is given more than once"]),
         ('{"backward": "by hand"}', ["'backward'"]),
         (10_000 * "[", ["not JSON"]),
     ],
