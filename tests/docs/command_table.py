@@ -158,7 +158,9 @@ COMMANDS: dict[str, Here | By | Never] = {
     'python -c "import torch; print(torch.__version__)"\'': Never(
         "is about the environment of a cluster; no part of this program"
     ),
-    "python -m pip show torch": Here(r"Version: 2\."),
+    "srun -N1 python -m pip show torch": Never(
+        "is about the environment of a cluster; no part of this program"
+    ),
     "scancel JOBID": _SCANCEL,
     "scancel --signal": _WARNED,
     "scancel --batch --signal=USR1 JOBID": _WARNED,
