@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import errors as elastic_errors
 
 from mnist_dist.distributed.failures import PeerLostError, wait_until_printed
+from mnist_dist.distributed.process_group import leave_process_group
 from mnist_dist.errors import (
     NodeError,
     RendezvousError,
@@ -92,8 +93,7 @@ def exit_with_error(launch: Launch, error: ReportedError) -> int:
         wait_until_printed(error.store, launch.rank, launch.world_size)
     elif dist.is_initialized() and not is_of_node:
         wait_until_printed(default_store(), launch.rank, launch.world_size)
-        # At the interpreter's shutdown, gloo's threads occasionally abort the process.
-        dist.destroy_process_group()
+        leave_process_group()
     elif not prints and launch.launcher != "none":
         launcher, deadline = os.getppid(), time.monotonic() + _PATIENCE_S
         while os.getppid() == launcher and time.monotonic() < deadline:

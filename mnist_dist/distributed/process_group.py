@@ -38,6 +38,8 @@ from mnist_dist.errors import JobError, RendezvousError, ReportedError, UserErro
 _FAULT_S = 60.0
 # The least time for the ranks to connect after a rendezvous that took almost all of the time.
 _CONNECT_S = 5.0
+# Keeps the groups that were left alive.
+_LEFT: list[dist.ProcessGroup | None] = []
 
 
 @contextlib.contextmanager
@@ -87,6 +89,17 @@ def init_distributed(
     # On success only: after a failure the peers may be gone, and destroying would wait for them.
     # Rank 0 may host the store: the barrier keeps it alive until no rank needs it.
     world.barrier()
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """End this process's part in the group; its threads and sockets stay until the process exits.
+
+    A DistributedDataParallel that outlives the group would destroy it while it holds the GIL: it
+    would wait for gloo's threads, which may be waiting for the GIL to free a tensor
+    (https://github.com/pytorch/pytorch/issues/56297).
+    """
+    _LEFT.append(dist.group.WORLD)
     dist.destroy_process_group()
 
 

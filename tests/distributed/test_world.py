@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import free_port, run_job, run_ranks, torchrun_environment
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mnist_dist.distributed.devices import pick_device
 from mnist_dist.distributed.launcher import Launch, read_launch
-from mnist_dist.distributed.process_group import init_distributed
+from mnist_dist.distributed.process_group import init_distributed, leave_process_group
 from mnist_dist.distributed.world import World
 from mnist_dist.errors import UserError
 
@@ -109,6 +112,27 @@ def group_state() -> tuple[bool, str]:
 def test_one_process_makes_no_process_group_and_several_use_gloo_on_cpus() -> None:
     assert run_ranks(group_state, 1) == [(False, "none")]
     assert run_ranks(group_state, 2) == [(True, "gloo")] * 2
+
+
+def outlive_groups(count: int) -> int:
+    """Free a model after its process group was left, again and again."""
+    launch = read_launch()
+    rank, ranks = launch.rank, launch.world_size
+    store = dist.TCPStore("127.0.0.1", launch.master_port or 0, ranks, rank == 0)
+    for number in range(count):
+        own = dist.PrefixStore(f"group {number}", store)
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=ranks)
+        model = DistributedDataParallel(nn.Linear(4, 4))
+        model(torch.ones(2, 4)).sum().backward()
+        dist.barrier()
+        leave_process_group()
+        del model
+    return count
+
+
+def test_a_model_that_outlives_its_process_group_keeps_no_rank_from_its_end() -> None:
+    """With torch.distributed.destroy_process_group alone, a rank soon waits for itself."""
+    assert run_ranks(outlive_groups, 3, 100, timeout=60) == [100, 100, 100]
 
 
 def test_a_gpu_that_is_not_there_is_the_users_error() -> None:
