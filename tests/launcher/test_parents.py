@@ -2,30 +2,38 @@
 
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from processes import ROOT
 
 # What every rank does first; it is read without torch, so that this costs little.
 CODE = f"""
-import sys, time
+import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from mnist_dist.distributed.launcher import exit_with_parent
 exit_with_parent(0)
+open(os.environ["STARTED"], "w").close()
 time.sleep(1.5)
 print("lives", flush=True)
 """
 BY_HAND = "RANK=0 WORLD_SIZE=2"
 TORCHRUN = f"{BY_HAND} TORCHELASTIC_RUN_ID=x"
 SRUN = "SLURM_STEP_ID=0 SLURM_PROCID=0"
+_WAIT = 'until [ -e "$STARTED" ]; do sleep 0.05; done'
 
 
 def output_of(script: str, *before: str) -> tuple[str, str]:
-    """Run a script of bash in which `$rank` is the command of a rank; its stdout and stderr."""
+    """Run a script of bash in which `rank` is the command of a rank; its stdout and stderr.
+
+    `$STARTED` is a file that appears once the rank watches its parent.
+    """
     words = [*before, "bash", "-c", f'rank() {{ exec "$PY" -c "$CODE"; }}; {script}']
-    variables = {"PY": sys.executable, "CODE": CODE, "PATH": "/usr/bin:/bin"}
-    # The pipes end with the last process that has them, and so with a rank that outlives the rest.
-    done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=60)
+    with tempfile.TemporaryDirectory() as directory:
+        variables = {"PY": sys.executable, "CODE": CODE, "PATH": "/usr/bin:/bin"}
+        variables["STARTED"] = f"{directory}/started"
+        # The pipes end with the last process that has them, so with a rank that outlives the rest.
+        done = subprocess.run(words, env=variables, capture_output=True, text=True, timeout=60)
     return done.stdout, done.stderr
 
 
@@ -62,7 +70,7 @@ def test_a_rank_that_torchrun_left_to_process_1_exits(container: list[str]) -> N
 
 @pytest.mark.parametrize("variables", [BY_HAND, TORCHRUN, SRUN])
 def test_a_rank_exits_with_the_shell_that_started_it(variables: str) -> None:
-    out, err = output_of(f"({variables} rank & sleep 1)")
+    out, err = output_of(f"({variables} rank & {_WAIT})")
     assert out == ""
     assert "rank 0: the launcher is gone" in err
 
@@ -74,5 +82,5 @@ def test_only_a_rank_started_by_hand_outlives_its_shell_by_nohup(
     variables: str, lives: bool
 ) -> None:
     """Torchrun's ranks inherit that SIGHUP is ignored, and still have to end with it."""
-    out, _ = output_of(f"trap '' HUP; ({variables} rank & sleep 1)")
+    out, _ = output_of(f"trap '' HUP; ({variables} rank & {_WAIT})")
     assert out == ("lives\n" if lives else "")
