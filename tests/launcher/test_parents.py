@@ -52,7 +52,7 @@ def container() -> list[str]:
         f"{BY_HAND} rank & wait",
         f"{SRUN} rank & wait",
         f"{BY_HAND} rank",
-        f"({SRUN} rank & ); sleep 4",
+        f"({SRUN} rank & ); {_WAIT}; sleep 3",
     ],
     ids=["entry-script", "init-and-srun-task", "rank-is-process-1", "left-to-init-at-once"],
 )
