@@ -250,21 +250,14 @@ def _read_config_file(path: str) -> dict[str, Any]:
     """
     try:
         content = read_regular(Path(path), _LARGEST_FILE)
-        values = json.loads(content, object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise UserError(
             f"--config {path}: {error.strerror}; use the config.json of a run"
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"--config {path}: not JSON ({error}); use the config.json of a run"
-        ) from error
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: not a JSON object; use the config.json of a run")
     try:
         settings = {
             name: _check_setting(name, value)
-            for name, value in values.items()
+            for name, value in _parse_object(content).items()
             if value not in _REMOVED.get(name, ())
         }
         _validate(TrainConfig(**settings))
@@ -273,11 +266,21 @@ def _read_config_file(path: str) -> dict[str, Any]:
     return RECIPES.get(settings.get("recipe", ""), {}) | settings
 
 
+def _parse_object(content: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(content, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON ({error}); use the config.json of a run") from error
+    if not isinstance(values, dict):
+        raise UserError("not a JSON object; use the config.json of a run")
+    return values
+
+
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     settings = dict(pairs)
     if len(settings) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)!r} is given more than once")
+        raise UserError(f"{max(names, key=names.count)!r} is given more than once; keep one")
     return settings
 
 

@@ -15,7 +15,7 @@ from mnist_dist.lock import FileLock
 SHARED = Path(os.environ.get("MNIST_DIST_SHARED_DATA", ROOT.parent / "shared" / "data")).resolve()
 
 # Tests wait as much as they compute: four at a time take half as long as one after the other, on
-# two cores. More would take the time from jobs whose ends are being waited for.
+# two cores. More would take the cores from jobs that other tests wait for.
 _AT_A_TIME = 4
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from benchmarks.gpu import jobs
@@ -20,6 +19,7 @@ from benchmarks.gpu.steps import Recipe, Steps, set_up, start_group_of_one
 from benchmarks.peers import Work, clock, original
 from mnist_dist.data import Split, find_data, load
 from mnist_dist.distributed.launcher import Launch
+from mnist_dist.distributed.process_group import leave_process_group
 from mnist_dist.distributed.world import World
 from mnist_dist.evaluation import evaluate
 from mnist_dist.model import MLP
@@ -36,7 +36,7 @@ def measure(data: str, device: str, rounds: int) -> dict[str, Any]:
         f"batch {batch}": _epochs(data, chosen, batch, rounds)
         for batch in ((64, 1024) if rounds else ())
     }
-    dist.destroy_process_group()
+    leave_process_group()
     recipe = Recipe(256, 0.4, 0.9, 1e-4, "onecycle")
     found["98 % (MLP)"] = _time_to(data, chosen, MLP, 0.98, recipe, epochs=5)
     recipe = Recipe(128, 0.15, 0.9, 1e-4, "onecycle", shift=1)

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ class CheckpointStore:
             wait(self._pending[:1])
         ended = [written for written in self._pending if written.done()]
         self._pending = [written for written in self._pending if written not in ended]
-        return [error for written in ended if (error := _os_error(written)) is not None]
+        return _os_errors(ended)
 
     def flush(self) -> list[OSError]:
         """Wait until everything that was saved is on disk; what failed before is tried again.
@@ -125,7 +125,7 @@ class CheckpointStore:
         """
         last_try = self._writer.submit(self._write_files, {}, None)
         pending, self._pending = self._pending, []
-        failures = [error for written in pending if (error := _os_error(written)) is not None]
+        failures = _os_errors(pending)
         last_try.result()
         return failures
 
@@ -238,13 +238,15 @@ class CheckpointStore:
             old.with_suffix(".json").unlink(missing_ok=True)
 
 
-def _os_error(ended: Future[None]) -> OSError | None:
-    """Wait for the end of a write; return the OSError it ended with, if any."""
-    try:
-        ended.result()
-    except OSError as error:
-        return error
-    return None
+def _os_errors(writes: Iterable[Future[None]]) -> list[OSError]:
+    """Wait for the end of all writes; return the OSErrors that they ended with."""
+    errors = []
+    for write in writes:
+        try:
+            write.result()
+        except OSError as error:
+            errors.append(error)
+    return errors
 
 
 def _digest_of(path: Path) -> str | None:

@@ -43,7 +43,7 @@ class RunDirectory:
         self.path = path
         self.writer = MetricsWriter(path, warn)
         self.state: TrainState | None = None
-        """The state of the run, once it has started here."""
+        """The state of the run, on every rank once it has started here."""
         self._warn = warn
         self._lock = FileLock(path / ".lock")
         self.checkpoints = CheckpointStore(

@@ -180,12 +180,12 @@ def test_ranks_killed_in_the_middle_leave_nothing_behind(tmp_path: Path) -> None
         assert job.left_over(held) == []
 
 
-@pytest.mark.parametrize(("ranks", "victim", "told"), [(2, 0, 0), (3, 1, 1)])
+@pytest.mark.parametrize(("ranks", "victim", "notified"), [(2, 0, 0), (3, 1, 1)])
 def test_a_rank_killed_inside_a_sum_ends_the_others_and_leaves_nothing_behind(
-    ranks: int, victim: int, told: int, tmp_path: Path
+    ranks: int, victim: int, notified: int, tmp_path: Path
 ) -> None:
-    """Its part is there; the others are told so, or not."""
-    place = {"KILLED_IN_SUM": f"{victim}:2000:{told}"}
+    """Its gradients are in its slot; it has notified its peers, or not."""
+    place = {"KILLED_IN_SUM": f"{victim}:2000:{notified}"}
     flags = ["--data=bundled", "--epochs=1000"]
     with LiveJob(tmp_path, ranks, *flags, script=KILLED_IN_SUM, environment=place) as job:
         job.until(lambda: job.trains or job.ended)

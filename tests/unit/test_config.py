@@ -144,7 +144,7 @@ def test_a_bad_flag_is_one_line_that_names_it(argv: list[str], names: list[str])
         ('{"data": 5}', ["--data", "5", "must be a string"]),
         ('{"data": "a\\u0000b"}', ["--data", "a\\u0000b", "null characters"]),
         ('{"data": "\\ud800"}', ["--data", "\\ud800", "lone surrogates"]),
-        ('{"epochs": 2, "epochs": 3}', ["'epochs' is given more than once"]),
+        ('{"epochs": 2, "epochs": 3}', ["'epochs' is given more than once; keep one"]),
         ('{"backward": "by hand"}', ["'backward'"]),
         (10_000 * "[", ["not JSON"]),
     ],
