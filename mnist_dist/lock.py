@@ -48,7 +48,7 @@ class Holder:
         """Describe this process, as a holder from now on."""
         since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         pid = os.getpid()
-        return Holder(socket.gethostname(), pid, _start_time(pid) or 0, since)
+        return Holder(socket.gethostname(), pid, process_start_time(pid) or 0, since)
 
     def __str__(self) -> str:
         """Name it in words for an error message."""
@@ -217,10 +217,10 @@ def _is_running(holder: Holder | None) -> bool:
     """Return whether the holder is another process of this host that still runs."""
     if holder is None or holder.host != socket.gethostname() or holder.pid == os.getpid():
         return False
-    return _start_time(holder.pid) == holder.start_time
+    return process_start_time(holder.pid) == holder.start_time
 
 
-def _start_time(pid: int) -> int | None:
+def process_start_time(pid: int) -> int | None:
     """Return when a process started, in clock ticks since boot; None if there is none."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         # The second field, the program's name, may contain spaces and parentheses.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from data_files import digits, write_npz
-from processes import ROOT, Ended, command, metrics, run_job
+from processes import ROOT, Ended, command, free_port, metrics, run_job
 
 SCRIPT = str(ROOT / "train_ddp.py")
 SMALL = ["--data=bundled", "--train-samples=300", "--epochs=2"]
@@ -159,6 +159,39 @@ def test_two_jobs_of_two_ranks_at_once_convert_a_cold_source_once(tmp_path: Path
     assert len(list((tmp_path / "runs").iterdir())) == 2
     (entry,) = cache.glob("*.pt")
     assert entry.stat().st_mtime >= started
+
+
+DIES_ONCE = """
+import os, signal
+import train_ddp
+
+end_epoch = train_ddp.end_epoch
+
+def end_epoch_and_die_once(job, *rest):
+    end_epoch(job, *rest)
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        job.run.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train_ddp.end_epoch = end_epoch_and_die_once
+train_ddp.run()
+"""
+
+
+@pytest.mark.parametrize("has_run_id", [True, False])
+def test_a_restart_by_torchrun_finds_its_run_without_a_flag(
+    has_run_id: bool, tmp_path: Path
+) -> None:
+    """Given a port, torchrun has no run id; in torch 2.11 it has none by default."""
+    script = tmp_path / "dies_once.py"
+    script.write_text(DIES_ONCE)
+    rendezvous = "--standalone" if has_run_id else f"--master-port={free_port()}"
+    launcher = ["torchrun", "--nproc_per_node=1", "--max-restarts=1", rendezvous]
+    ended = command(tmp_path, *launcher, str(script), *SMALL)
+    assert ended.code == 0, ended.err
+    (run,) = (tmp_path / "runs").iterdir()
+    assert [record["epoch"] for record in metrics(run)] == [1, 2, 2]
+    assert "resume" in ended.out
 
 
 def test_help_starts_no_process_group_and_names_every_flag(tmp_path: Path) -> None:

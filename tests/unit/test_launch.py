@@ -1,5 +1,7 @@
 """A process's place in the job under torchrun, srun and plain python."""
 
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -51,8 +53,16 @@ def test_torchrun_gives_rank_world_size_and_run_id() -> None:
     )
 
 
-def test_a_torchrun_launch_without_a_run_id_names_no_job() -> None:
-    assert read_launch(torchrun_environment(0, 2, 29500, "none")).job_id is None
+def test_a_torchrun_launch_without_a_run_id_is_named_by_torchruns_process() -> None:
+    ids = [read_launch(torchrun_environment(rank, 2, 29500, "none")).job_id for rank in (0, 1)]
+    assert ids[0] == ids[1]
+    assert re.fullmatch(rf"torchrun-{os.getppid()}-\d+", str(ids[0]))
+
+
+def test_ranks_started_by_hand_have_no_job_id() -> None:
+    environment = torchrun_environment(0, 2, 29500, "none")
+    del environment["TORCHELASTIC_RUN_ID"]
+    assert read_launch(environment).job_id is None
 
 
 def test_an_srun_task_knows_its_place_and_the_first_host() -> None:
