@@ -114,7 +114,7 @@ COMMANDS: dict[str, Here | By | Never] = {
     "torchrun --nproc_per_node=4 train_ddp.py --recipe tuned --run-dir runs/tuned": _README,
     "torchrun --max-restarts": _RESTARTED,
     "torchrun --max-restarts=3": _RESTARTED,
-    "torchrun --max-restarts=3 train_ddp.py": _RESTARTED,
+    "torchrun --nproc_per_node=4 --max-restarts=3 train_ddp.py": _RESTARTED,
     "launch/local.sh": By(
         "tests/launcher/test_scripts.py::test_local_sh_trains_and_passes_flags_on", '"local.sh"'
     ),
