@@ -48,7 +48,7 @@ def train(config: TrainConfig, launch: Launch) -> None:
             return
         sync = job.start_run(state)  # catches signals from here on
         fit(job, state, sync)
-        test(job, state)
+        test(job, state, sync)
 
 
 def fit(job: Job, state: TrainState, sync: RankSync) -> None:
@@ -77,7 +77,8 @@ def fit(job: Job, state: TrainState, sync: RankSync) -> None:
             else:  # --cuda-graphs: many times train_step in one launch
                 replay_epoch(job, steps.graphs, sampler, state, sync, progress)
             metrics = {"train/loss": job.sync_epoch(state, sync), **timer.metrics(model)}
-            end_epoch(job, state, metrics, progress)
+            improved = end_epoch(job, state, sync, metrics)
+            progress.epoch(state.epoch, state.step, metrics, improved)
 
 
 def train_step(
@@ -96,23 +97,23 @@ def train_step(
     return loss.detach()
 
 
-def end_epoch(job: Job, state: TrainState, metrics: dict[str, float], progress: Progress) -> None:
-    """Validate on all ranks and decide whether this is best.pt; log and save on rank 0."""
-    with_plots = job.should_log_plots(state.epoch + 1)
+def end_epoch(job: Job, state: TrainState, sync: RankSync, metrics: dict[str, float]) -> bool:
+    """Validate on all ranks and return whether this is best.pt; log and save on rank 0."""
+    worst = 16 if job.should_log_plots(state.epoch + 1) else 0  # errors to show
     # All-reduces float64 sums without padding, so that every sample counts exactly once.
-    validation = evaluate(state.model, job.dataset.validation, job.world, 16 if with_plots else 0)
+    validation = evaluate(state.model, job.dataset.validation, job.world, worst, sync.launches.wait)
     improved = state.finish_epoch(validation.loss)
     metrics |= {"val/loss": validation.loss, "val/accuracy": validation.accuracy, "lr": state.lr}
     # Logged before it is saved: a kill in between repeats the epoch and drops its record.
-    log(job, state, metrics, job.build_plots(state, validation) if with_plots else None)
+    log(job, state, metrics, job.build_plots(state, validation) if worst else None)
     job.save_checkpoint(state, metrics, best=improved, newest=job.is_save_due(state))
-    progress.epoch(state.epoch, state.step, metrics, improved)
+    return improved
 
 
-def test(job: Job, state: TrainState) -> None:
+def test(job: Job, state: TrainState, sync: RankSync) -> None:
     """Evaluate the weights of best.pt once on the test split, which is used for nothing else."""
     state.model.load_state_dict(job.world.on_main(job.run.load_best)["model"])
-    result = evaluate(state.model, job.dataset.test, job.world)
+    result = evaluate(state.model, job.dataset.test, job.world, wait=sync.launches.wait)
     metrics = {"test/loss": result.loss, "test/accuracy": result.accuracy}
     plots = EpochPlots("test", result.confusion) if job.config.tensorboard == "full" else None
     log(job, state, metrics, plots, {"test/accuracy_by_digit": result.accuracy_by_class})

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +80,13 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, split: Split, world: World, errors: int = 0) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    world: World,
+    errors: int = 0,
+    wait: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """Evaluate every sample of `split` once, shared out over all ranks.
 
     Sums are taken in float64 and divided once, after the all-reduce, so the result does not depend
@@ -92,6 +99,7 @@ def evaluate(model: nn.Module, split: Split, world: World, errors: int = 0) -> E
         split: the whole split, on the model's device.
         world: the ranks that share the work.
         errors: number of most confident errors to return; equal on all ranks.
+        wait: called before results are read, which blocks for as long as a GPU hangs; it may raise.
 
     Raises:
         RuntimeError: the ranks did not evaluate each sample exactly once.
@@ -103,7 +111,9 @@ def evaluate(model: nn.Module, split: Split, world: World, errors: int = 0) -> E
     loss_sum = F.cross_entropy(logits, labels, reduction="none").double().sum()
     predicted = logits.argmax(1)
     confusion = torch.bincount(labels * NUM_CLASSES + predicted, minlength=NUM_CLASSES**2)
-    sums = world.all_reduce_sum(torch.cat([loss_sum.reshape(1), confusion.double()]).cpu())
+    local_sums = torch.cat([loss_sum.reshape(1), confusion.double()])
+    wait()
+    sums = world.all_reduce_sum(local_sums.cpu())
     count = int(sums[1:].sum())
     if count != len(split):
         raise RuntimeError(f"evaluated {count} samples of a split of {len(split)}")

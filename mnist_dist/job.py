@@ -286,7 +286,7 @@ def open_job(config: TrainConfig, launch: Launch) -> Iterator[Job]:
             raise
         step = job.run.state.step + 1 if job.run.state else None
         if isinstance(error, PeerLostError) and step:
-            error = PeerLostError(f"{error}; this was at step {step}")
+            error = type(error)(f"{error}; this was at step {step}")
         elif isinstance(error, ConnectionError) and job.world.world_size == 1:
             error = JobError(f"{error} at step {step or 1}; nvidia-smi and dmesg show its state")
         if job.world.is_main_process:

@@ -33,6 +33,10 @@ class PeerLostError(Exception):
     """Another process is gone; the text names it and the cause. This process must exit at once."""
 
 
+class PeerFailedError(PeerLostError):
+    """Another process failed by itself and published why: the same command would fail again."""
+
+
 def is_comm_error(error: BaseException) -> bool:
     """Return whether `error` only means that another process did not respond."""
     if isinstance(error, (DistError, ConnectionError)):
@@ -100,16 +104,16 @@ class FailureStore:
         threading.Thread(target=watch, name="failures", daemon=True).start()
         return found
 
-    def find_cause(self) -> str:
+    def find_cause(self) -> PeerLostError:
         """Return in one line why peers are gone: their published causes, or who is missing."""
         # A thread, because the store's client blocks for as long as the host does not respond.
-        found: list[str] = []
+        found: list[PeerLostError] = []
         search = threading.Thread(target=lambda: found.append(self._search()), daemon=True)
         search.start()
         search.join(_LAUNCHER_S + 2 * _SEARCH_S)
-        return found[0] if found else _NO_STORE
+        return found[0] if found else PeerLostError(_NO_STORE)
 
-    def _search(self) -> str:
+    def _search(self) -> PeerLostError:
         # If the launcher died, its store is gone, and `exit_with_parent` ends this process now.
         time.sleep(_LAUNCHER_S)
         deadline = time.monotonic() + _SEARCH_S
@@ -118,16 +122,19 @@ class FailureStore:
             self._mailbox.publish(f"lost/{self.rank}", True)
             while missing and time.monotonic() < deadline:
                 if causes := self._read_from_others("cause"):
-                    return "; ".join(f"rank {rank} failed: {text}" for rank, text in causes.items())
+                    texts = [f"rank {rank} failed: {text}" for rank, text in causes.items()]
+                    return PeerFailedError("; ".join(texts))
                 lost = self._read_from_others("lost")
                 missing = [rank for rank in self._others if rank not in lost]
                 time.sleep(0.05)
         except RuntimeError:
-            return _NO_STORE
+            return PeerLostError(_NO_STORE)
         if not missing:
-            return "all ranks lost their connections: the network between their nodes failed"
+            return PeerLostError(
+                "all ranks lost their connections: the network between their nodes failed"
+            )
         it_was, its = ("it was", "its") if len(missing) == 1 else ("they were", "their")
-        return (
+        return PeerLostError(
             f"{format_ranks(missing)} did not respond: {it_was} killed or stopped, or {its} node "
             "is unreachable"
         )

@@ -21,7 +21,6 @@ from mnist_dist.distributed.devices import (
 )
 from mnist_dist.distributed.failures import (
     FailureStore,
-    PeerLostError,
     brief,
     describe,
     format_ranks,
@@ -251,4 +250,5 @@ def _explain(error: Exception, world: World) -> None:
         failures.publish(describe(error))
         print_line(f"error: rank {failures.rank} failed: {describe(error)}")
         return
-    raise PeerLostError(f"{failures.find_cause()} ({brief(error)})") from error
+    lost = failures.find_cause()
+    raise type(lost)(f"{lost} ({brief(error)})") from error

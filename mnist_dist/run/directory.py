@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from mnist_dist.distributed.failures import PeerLostError
+from mnist_dist.distributed.failures import PeerFailedError, PeerLostError
 from mnist_dist.errors import JobError, ReportedError, UserError
 from mnist_dist.files import (
     make_directory,
@@ -216,7 +216,8 @@ class RunDirectory:
             return
         explained = isinstance(error, ReportedError | PeerLostError)
         status = error.status if isinstance(error, ReportedError) else "failed"
-        resumable = status == "preempted" or isinstance(error, PeerLostError)
+        is_lost = isinstance(error, PeerLostError) and not isinstance(error, PeerFailedError)
+        resumable = status == "preempted" or is_lost
         reason = str(error) if explained else repr(error)
         with contextlib.suppress(OSError):
             self.checkpoints.flush()

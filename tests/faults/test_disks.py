@@ -106,9 +106,11 @@ def deleted(run: Path) -> None:
 
 
 def replaced_by_a_copy(run: Path) -> None:
-    subprocess.run(["cp", "-a", str(run), str(run.with_name("copy"))], capture_output=True)
-    deleted(run)
-    run.with_name("copy").rename(run)
+    copy, old = run.with_name("copy"), run.with_name("old")
+    subprocess.run(["cp", "-a", str(run), str(copy)], capture_output=True)
+    run.rename(old)
+    copy.rename(run)
+    shutil.rmtree(old)
 
 
 @pytest.mark.parametrize("change", [deleted, replaced_by_a_copy])

@@ -1,5 +1,6 @@
 """A failure on one rank ends all of them, and its rank and cause are printed first."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -48,6 +49,8 @@ def test_a_rank_that_fails_takes_the_others_down_and_its_cause_comes_first(
     assert re.match(rf"mnist-dist: {first_line}", first), ended.err
     assert all("rank 1 failed" in line for line in others)
     assert 'train_ddp.py", line' in ended.err, "a bug has its whole traceback"
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["status"], status["resumable"]) == ("failed", False), "it would fail again"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from benchmarks.live_job import LiveJob
 from mnist_dist.distributed import sync
 
 # Over a second an epoch, which is how often two processes meet, so that faults happen within one.
-SAMPLES = 1500
+SAMPLES = 600
 SLOW_JOB = Path(__file__).with_name("slow_job.py")
 Pick = Callable[[LiveJob], int]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from processes import ROOT, free_port, metrics
+from processes import ROOT, free_port, metrics, run_job
 
 FLAGS = ["--data=bundled", "--train-samples=800", "--lr=0.05", "--run-dir=run"]
 
@@ -51,7 +51,8 @@ def val_losses(run: Path) -> list[float]:
 
 def test_a_resume_takes_the_newest_checkpoint_from_whichever_host_has_it(tmp_path: Path) -> None:
     one, two, whole = tmp_path / "one", tmp_path / "two", tmp_path / "whole"
-    train(whole, tmp_path / "other", "--epochs=4")
+    whole.mkdir()
+    run_job(whole, 2, *FLAGS, "--epochs=4")
     train(one, two, "--epochs=2")
     assert not (two / "run").exists(), "only rank 0's host writes"
     train(two, one, "--epochs=4")  # the hosts have changed places

@@ -14,6 +14,7 @@ import torch
 from processes import Ended, run_main, run_ranks
 from torch.distributed import HashStore
 
+import train_ddp
 from mnist_dist.distributed import launch_queue, sync
 from mnist_dist.distributed.failures import FailureStore, PeerLostError, is_comm_error
 from mnist_dist.distributed.launch_queue import LaunchQueue
@@ -21,6 +22,7 @@ from mnist_dist.distributed.launcher import Launch, read_launch
 from mnist_dist.distributed.process_group import init_distributed
 from mnist_dist.distributed.sync import RankSync
 from mnist_dist.distributed.world import World
+from mnist_dist.evaluation import Evaluation, evaluate
 
 GPU = torch.device("cuda", 0)
 
@@ -186,24 +188,33 @@ def end_of_rank() -> str:
 def test_a_rank_that_waits_for_its_gpu_names_the_peer_that_failed_and_why() -> None:
     waiting, failed = run_ranks(end_of_rank, 2)
     assert failed == "KeyError: 'no such digit'"
-    assert waiting.startswith("PeerLostError: rank 1 failed: KeyError: 'no such digit'")
+    assert waiting.startswith("PeerFailedError: rank 1 failed: KeyError: 'no such digit'")
     assert "waiting for the GPU" in waiting
 
 
-def give_up_gpu(directory: str) -> Ended:
-    """A run of one process whose GPU does not get done."""
+def give_up_gpu(directory: str, since: str) -> Ended:
+    """A run of one process whose GPU does not get done since the first step or validation."""
+    called = {"training"}
+
+    def noted(*arguments: Any) -> Evaluation:
+        called.add("validation")
+        return evaluate(*arguments)
 
     def wait(self: LaunchQueue) -> None:
-        raise ConnectionError("Timed out after 120 s waiting for the GPU")
+        if since in called:
+            raise ConnectionError("Timed out after 120 s waiting for the GPU")
 
+    train_ddp.evaluate = noted  # type: ignore[assignment, attr-defined]
     LaunchQueue.wait = wait  # type: ignore[method-assign]
-    return run_main(directory, ["--data=bundled", "--train-samples=200", "--run-dir=run"])
+    flags = ["--data=bundled", "--train-samples=200", "--epochs=1", "--run-dir=run"]
+    return run_main(directory, flags)
 
 
+@pytest.mark.parametrize("since", ["training", "validation"])
 def test_a_single_process_whose_gpu_hangs_ends_with_one_line_and_a_failed_run(
-    tmp_path: Path,
+    since: str, tmp_path: Path
 ) -> None:
-    (ended,) = run_ranks(give_up_gpu, 1, str(tmp_path))
+    (ended,) = run_ranks(give_up_gpu, 1, str(tmp_path), since)
     assert ended.code == 1
     (line,) = ended.err.splitlines()
     assert line.startswith("mnist-dist: error: Timed out after 120 s waiting for the GPU at step")

@@ -168,10 +168,11 @@ import train_ddp
 end_epoch = train_ddp.end_epoch
 
 def end_epoch_and_die_once(job, *rest):
-    end_epoch(job, *rest)
+    improved = end_epoch(job, *rest)
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         job.run.flush()
         os.kill(os.getpid(), signal.SIGKILL)
+    return improved
 
 train_ddp.end_epoch = end_epoch_and_die_once
 train_ddp.run()
