@@ -23,7 +23,7 @@ from mnist_dist.optimizer import TrainStep
 from mnist_dist.run.console import Progress
 from mnist_dist.run.profiling import profile_steps
 from mnist_dist.run.state import TrainState
-from mnist_dist.torch_internals import keep_compiler_out_of_ddp
+from mnist_dist.torch_internals import is_compiled, keep_compiler_out_of_ddp
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,8 @@ def prepare_steps(
 
 
 def _applied(job: Job, model: nn.Module) -> list[str]:
-    is_compiled = any(hasattr(module, "_orig_mod") for module in model.modules())
     precision = job.config.precision
-    return ["compiled"] * is_compiled + [precision] * (precision != "fp32")
+    return ["compiled"] * is_compiled(model) + [precision] * (precision != "fp32")
 
 
 def _capture(

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -96,6 +96,11 @@ def keep_compiler_out_of_ddp() -> None:
     hidden = getattr(DistributedDataParallel._inside_ddp_forward, "__wrapped__", None)
     if (plain := getattr(hidden, "__wrapped__", None)) is not None:
         DistributedDataParallel._inside_ddp_forward = contextmanager(plain)  # type: ignore[method-assign]
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether torch.compile wrapped `model` or a part of it."""
+    return any(hasattr(module, "_orig_mod") for module in model.modules())
 
 
 def without_profiler(step: T) -> T:

@@ -114,7 +114,7 @@ def _profile(steps: Steps) -> dict[str, float]:
     kernels = launches = 0
     busy = 0.0
     for event in profiler.events():
-        if event.device_type.name == "CUDA":
+        if event.device_type.name == "CUDA" and not event.is_user_annotation:
             kernels += 1
             busy += event.time_range.elapsed_us() / 1e6
         elif event.name in ("cudaLaunchKernel", "cudaGraphLaunch", "cuLaunchKernelEx") or (

@@ -13,6 +13,12 @@ from mnist_dist import torch_internals
 PRIVATE = re.compile(r"\b(torch|dist|nn|F)(\.\w+)*\.(_[a-z]\w*|ops\.)")
 
 
+def test_a_compiled_model_is_recognized() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    assert not torch_internals.is_compiled(model)
+    assert torch_internals.is_compiled(torch.nn.Sequential(torch.compile(model)))
+
+
 @pytest.mark.parametrize("name", torch_internals.NAMES)
 def test_torch_still_has(name: str) -> None:
     functools.reduce(getattr, name.split(".")[1:], torch)
