@@ -59,8 +59,8 @@ _OUR_RANK = f"""
 import sys, train_ddp
 {_PSS}
 evaluate = train_ddp.evaluate
-def evaluate_and_print_pss(model, split, world, errors=0):
-    result = evaluate(model, split, world, errors)
+def evaluate_and_print_pss(model, split, world, *rest, **named):
+    result = evaluate(model, split, world, *rest, **named)
     sizes = world.gather(pss())
     if world.is_main_process:
         print("PSS", sum(sizes), flush=True)
@@ -132,7 +132,7 @@ def table(results: dict[str, list[float]]) -> list[str]:
     """Return the table's lines: medians and spread."""
     lines = ["| measurement | median | range |", "|---|---|---|"]
     for name, values in results.items():
-        spread = f"{min(values):.3f} to {max(values):.3f}"
+        spread = f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else ""
         lines.append(f"| {name} | {statistics.median(values):.3f} | {spread} |")
     return lines
 
