@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ PRIVATE = re.compile(r"\b(torch|dist|nn|F)(\.\w+)*\.(_[a-z]\w*|ops\.)")
 def test_a_compiled_model_is_recognized() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(1, 1))
     assert not torch_internals.is_compiled(model)
-    assert torch_internals.is_compiled(torch.nn.Sequential(torch.compile(model)))
+    compiled: Any = torch.compile(model)
+    assert torch_internals.is_compiled(torch.nn.Sequential(compiled))
 
 
 @pytest.mark.parametrize("name", torch_internals.NAMES)
