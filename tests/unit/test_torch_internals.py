@@ -14,6 +14,7 @@ from mnist_dist import torch_internals
 PRIVATE = re.compile(r"\b(torch|dist|nn|F)(\.\w+)*\.(_[a-z]\w*|ops\.)")
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # as torch imports its compiler
 def test_a_compiled_model_is_recognized() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(1, 1))
     assert not torch_internals.is_compiled(model)
