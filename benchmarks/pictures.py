@@ -140,7 +140,8 @@ def main() -> None:
             checkout(place, chosen.pickle)
             for processes in (1, 2, 4):
                 (place / "output").write_bytes(train(place, processes))
-        command = " ".join(["torchrun --nproc_per_node=4 train_ddp.py", *_FLAGS])
+        flags = [*_FLAGS, "--run-dir=runs/4-processes"]
+        command = " ".join(["torchrun --nproc_per_node=4 train_ddp.py", *flags])
         draw_terminal((place / "output").read_bytes(), command, IMAGES / "terminal.svg")
         draw_tensorboard(place / "runs", IMAGES / "tensorboard.png")
 

@@ -205,9 +205,11 @@ class Job:
         self._check(state, result)
         loss_sum, diverged = state.merge_payloads(result.payloads)
         if diverged:
+            is_minority = 2 * len(diverged) < self.world.world_size
+            nodes = "that node's" if is_minority else "all nodes'"
             raise JobError(
                 f"the weights of {format_ranks(diverged)} differ from the other ranks' after step "
-                f"{state.step} (bad memory or a bug); check that node's memory, and continue from "
+                f"{state.step} (bad memory or a bug); check {nodes} memory, and continue from "
                 f"{self.run}"
             )
         self._save_or_stop(state, sync, result, save_now=False)

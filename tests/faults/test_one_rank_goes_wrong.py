@@ -78,6 +78,12 @@ def test_what_the_ranks_find_together_is_one_line_and_ends_all(
     assert "".join(other.err for other in others) == ""
 
 
+def test_of_two_ranks_that_differ_neither_is_accused(tmp_path: Path) -> None:
+    flags = [*SMALL, f"--run-dir={tmp_path / 'run'}"]
+    first, _ = run_ranks(forked, 2, str(tmp_path), "flipped_weight", flags, timeout=PATIENCE_S)
+    assert "check all nodes' memory" in first.err
+
+
 def in_its_hosts_directory(base: str, flags: list[str]) -> Ended:
     return run_main(f"{base}/{os.environ['GROUP_RANK']}", flags)
 
