@@ -66,6 +66,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a trained model on a whole split, in this process, on the CPU.
 
+    Most confident errors are not collected.
+
     Args:
         model: a run directory (its best.pt is used) or a checkpoint.
         data: "auto", "bundled" or a path, as for training. None: the data of the run, and no other.

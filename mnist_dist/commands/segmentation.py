@@ -23,6 +23,9 @@ Box = tuple[int, int, int, int]
 _PAPER_WINDOW, _STROKE_WINDOWS = 1 / 3, (1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6)
 # What strokes differ from paper, as a mean of squares, of the square of the picture's range.
 _ENOUGH_INK = 0.004
+# Of the picture's range: the range along an even edge, and what differs from that edge. Share of
+# its box that a digit fills at most, and a sheet at least.
+_EVEN, _DISTINCT, _FILLED = 0.15, 0.25, 0.8
 # How many times as much ink of one kind settles whether ink is dark.
 _OUTWEIGHS = 2.5
 # Paper in the dark counts as this bright, of the brightest: dark noise is no ink.
@@ -108,10 +111,16 @@ def find_digit(grey: Grey) -> Digit | None:
 def _is_ink_dark(grey: Grey) -> bool:
     """Return whether ink is darker than paper. Strokes are narrower than the paper between them.
 
-    So a closing by a small square removes dark ink, and an opening removes light ink.
+    So a closing by a small square removes dark ink, and an opening removes light ink. An even edge
+    all around settles it, unless it is a margin around a sheet.
     """
     factor = math.ceil(_side(grey) / 200)
     levels = np.asarray(Image.fromarray(grey).reduce(factor), np.float32)
+    edge, contrast = np.concatenate([*levels[[0, -1]], *levels.T[[0, -1]]]), np.ptp(levels)
+    rows, columns = (abs(levels - np.median(edge)) > _DISTINCT * contrast).nonzero()
+    box = (np.ptp(rows) + 1) * (np.ptp(columns) + 1) if len(rows) else 0
+    if np.ptp(edge) <= _EVEN * contrast and len(rows) < _FILLED * box:
+        return bool(np.median(edge) > levels[rows, columns].mean())
     removed = [
         tuple(
             float(((_closing(each, window) - each) ** 2).mean()) for each in (levels, 255 - levels)

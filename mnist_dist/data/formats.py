@@ -97,7 +97,10 @@ def _of_file(path: Path, content: bytes) -> Source:
     if not head:
         raise MalformedError("is empty")
     if idx.is_idx(head):
-        raise DataError(f"{path}: is one IDX file of four", "pass the directory that contains them")
+        raise DataError(
+            f"{path}: is one IDX file of four",
+            "pass the directory that contains them, or the file of the training images",
+        )
     suffixes = path.name.lower().removesuffix(".gz")
     if head[:1] != b"\x80" and (identify(head) or not suffixes.endswith(_PICKLE_SUFFIXES)):
         raise unknown(head)

@@ -271,6 +271,8 @@ def _set_aside(path: Path) -> None:
 def _sound_content(path: Path, needs_sidecar: bool = True) -> bytes:
     """The bytes of a checkpoint, verified by its sidecar. Raises UserError if they differ."""
     sidecar_path = path.with_suffix(".json")
+    if path.suffix == ".damaged":
+        raise UserError(f"{path}: was set aside because it is damaged; use another checkpoint")
     with _naming_file():
         if not needs_sidecar and not os.path.lexists(sidecar_path):
             return read_regular(path, _LARGEST_FILE)

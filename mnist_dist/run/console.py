@@ -153,7 +153,7 @@ class Progress:
         self._console.print(
             f"{self._name(epoch)}  step {step:,}  train loss {metrics['train/loss']:.4f}  "
             f"val loss {style(validation, 'good') if best else validation}  "
-            f"{shown}{self._time_left(step)}"
+            f"{shown}{self._time_left(step)}".rstrip()
         )
 
     def _local_samples(self, steps: int) -> int:
@@ -166,10 +166,15 @@ class Progress:
         return f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs}"
 
     def _time_left(self, step: int) -> str:
-        """Return the estimated time left after `step`, after the last step the total time."""
+        """Return the estimated time left after `step`, after the last step the total time.
+
+        Empty before the first step of this start: a run may continue at the end of an epoch.
+        """
         if step >= self._steps:
             return f"{tqdm.format_interval(self._seconds())} total"
-        seconds = self._seconds() * (self._steps - step) / max(1, step - self._done)
+        if step == self._done:
+            return ""
+        seconds = self._seconds() * (self._steps - step) / (step - self._done)
         return f"{tqdm.format_interval(seconds)} left"
 
     def _seconds(self) -> float:

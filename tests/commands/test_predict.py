@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from digits_as_pictures import one_picture, write_pictures
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from processes import command
 
 import mnist_dist
@@ -237,6 +237,24 @@ def test_digits_in_pictures_as_people_take_them_are_read(
     assert sum(right) >= 9
     if condition == "plain paper":
         assert [one.notes for one in found] == [()] * 10
+
+
+@pytest.mark.parametrize("margin", [8, 20])
+@pytest.mark.parametrize("ink", [0, 255])
+def test_bold_print_with_a_narrow_margin_is_taken_as_with_a_wide_one(
+    ink: int, margin: int, tmp_path: Path
+) -> None:
+    """What bold strokes enclose and the margin are both narrower than they are."""
+    for digit in range(10):
+        page = Image.new("L", (400, 400))
+        font = ImageFont.load_default(200)
+        ImageDraw.Draw(page).text((200, 200), str(digit), 255, font, anchor="mm", stroke_width=12)
+        taken = []
+        for width in (margin, 200):
+            picture = ImageOps.expand(page.crop(page.getbbox()), width)
+            (picture if ink else ImageOps.invert(picture)).save(tmp_path / "digit.png")
+            taken.append(mnist_dist.preprocess_image(tmp_path / "digit.png").int())
+        assert (taken[0] - taken[1]).abs().float().mean() < 3, digit
 
 
 @pytest.mark.parametrize("ink", [0, 255])

@@ -231,6 +231,13 @@ def test_what_is_no_directory_of_checkpoints_is_an_error_that_names_it(
         opened(tmp_path)
 
 
+def test_a_checkpoint_that_was_set_aside_is_refused_by_name(tmp_path: Path) -> None:
+    damaged = tmp_path / "step_00000002.pt.damaged"
+    torch.save({}, damaged)
+    with pytest.raises(UserError, match=r"step_00000002\.pt\.damaged: was set aside because it is"):
+        load_checkpoint(damaged, needs_sidecar=False)
+
+
 def test_all_damaged_is_a_refusal_and_no_fresh_start(tmp_path: Path) -> None:
     store = opened(tmp_path)
     for step in (1, 2):
