@@ -23,9 +23,10 @@ Box = tuple[int, int, int, int]
 _PAPER_WINDOW, _STROKE_WINDOWS = 1 / 3, (1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6)
 # What strokes differ from paper, as a mean of squares, of the square of the picture's range.
 _ENOUGH_INK = 0.004
-# Of the picture's range: the range along an even edge, and what differs from that edge. Share of
-# its box that a digit fills at most, and a sheet at least.
-_EVEN, _DISTINCT, _FILLED = 0.15, 0.25, 0.8
+# Of the picture's range: the range along an even edge, and what differs from that edge.
+_EVEN, _DISTINCT = 0.15, 0.25
+# What a sheet, perhaps turned, fills of its box, and of its rows and columns from end to end.
+_SHEET_IN_BOX, _SHEET_IN_ROWS = 0.7, 0.91
 # How many times as much ink of one kind settles whether ink is dark.
 _OUTWEIGHS = 2.5
 # Paper in the dark counts as this bright, of the brightest: dark noise is no ink.
@@ -117,10 +118,9 @@ def _is_ink_dark(grey: Grey) -> bool:
     factor = math.ceil(_side(grey) / 200)
     levels = np.asarray(Image.fromarray(grey).reduce(factor), np.float32)
     edge, contrast = np.concatenate([*levels[[0, -1]], *levels.T[[0, -1]]]), np.ptp(levels)
-    rows, columns = (abs(levels - np.median(edge)) > _DISTINCT * contrast).nonzero()
-    box = (np.ptp(rows) + 1) * (np.ptp(columns) + 1) if len(rows) else 0
-    if np.ptp(edge) <= _EVEN * contrast and len(rows) < _FILLED * box:
-        return bool(np.median(edge) > levels[rows, columns].mean())
+    inside = abs(levels - np.median(edge)) > _DISTINCT * contrast
+    if np.ptp(edge) <= _EVEN * contrast and inside.any() and not _is_sheet(inside):
+        return bool(np.median(edge) > levels[inside].mean())
     removed = [
         tuple(
             float(((_closing(each, window) - each) ** 2).mean()) for each in (levels, 255 - levels)
@@ -133,6 +133,17 @@ def _is_ink_dark(grey: Grey) -> bool:
     wider = removed[min(first + 2, len(removed) - 1)]
     dark, light = wider if max(wider) >= _OUTWEIGHS * min(wider) else removed[first]
     return dark >= light
+
+
+def _is_sheet(mask: Mask) -> bool:
+    """Return whether a mask fills its box, and its rows and columns from end to end."""
+    rows, columns = mask.nonzero()
+    box = (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+    ends = [(m.shape[1] - m.argmax(1) - m[:, ::-1].argmax(1))[m.any(1)] for m in (mask, mask.T)]
+    return bool(
+        len(rows) >= _SHEET_IN_BOX * box
+        and len(rows) >= _SHEET_IN_ROWS * max(lengths.sum() for lengths in ends)
+    )
 
 
 def _handwriting(mask: Mask, clutter: Mask, contrast: Ink) -> list[_Shape]:
