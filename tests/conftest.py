@@ -14,9 +14,9 @@ from mnist_dist.lock import FileLock
 
 SHARED = Path(os.environ.get("MNIST_DIST_SHARED_DATA", ROOT.parent / "shared" / "data")).resolve()
 
-# Tests wait as much as they compute: five at a time take half as long as one after the other, on
+# Tests wait as much as they compute: four at a time take half as long as one after the other, on
 # two cores. More would take the cores from jobs that other tests wait for.
-_AT_A_TIME = 5
+_AT_A_TIME = 4
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
