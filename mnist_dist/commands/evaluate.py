@@ -66,7 +66,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a trained model on a whole split, in this process, on the CPU.
 
-    Most confident errors are not collected.
+    The result has no `most_confident_errors`.
 
     Args:
         model: a run directory (its best.pt is used) or a checkpoint.

@@ -34,7 +34,7 @@ class PeerLostError(Exception):
 
 
 class PeerFailedError(PeerLostError):
-    """Another process failed by itself and published why: the same command would fail again."""
+    """Another process failed and published why: the same command would fail again."""
 
 
 def is_comm_error(error: BaseException) -> bool:
@@ -105,7 +105,7 @@ class FailureStore:
         return found
 
     def find_cause(self) -> PeerLostError:
-        """Return in one line why peers are gone: their published causes, or who is missing."""
+        """Return the error with one line on why peers are gone: their causes, or who is missing."""
         # A thread, because the store's client blocks for as long as the host does not respond.
         found: list[PeerLostError] = []
         search = threading.Thread(target=lambda: found.append(self._search()), daemon=True)

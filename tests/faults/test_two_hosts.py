@@ -52,7 +52,7 @@ def val_losses(run: Path) -> list[float]:
 def test_a_resume_takes_the_newest_checkpoint_from_whichever_host_has_it(tmp_path: Path) -> None:
     one, two, whole = tmp_path / "one", tmp_path / "two", tmp_path / "whole"
     whole.mkdir()
-    run_job(whole, 2, *FLAGS, "--epochs=4")
+    assert [rank.code for rank in run_job(whole, 2, *FLAGS, "--epochs=4")] == [0, 0]
     train(one, two, "--epochs=2")
     assert not (two / "run").exists(), "only rank 0's host writes"
     train(two, one, "--epochs=4")  # the hosts have changed places

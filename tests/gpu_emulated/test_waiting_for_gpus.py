@@ -193,7 +193,7 @@ def test_a_rank_that_waits_for_its_gpu_names_the_peer_that_failed_and_why() -> N
 
 
 def give_up_gpu(directory: str, since: str) -> Ended:
-    """A run of one process whose GPU does not get done since the first step or validation."""
+    """Run one process; its GPU hangs from the first step on, or from the first validation on."""
     called = {"training"}
 
     def noted(*arguments: Any) -> Evaluation:

@@ -30,6 +30,7 @@ def test_an_epoch_without_a_speed_is_printed_without_one(
     assert "epoch 1/2  step 7  train loss 0.5000  val loss 0.4000, 90.00%\n" in printed, (
         "neither a speed nor the time left"
     )
+    assert "samples/s" not in printed
 
 
 @pytest.mark.parametrize("first", [0, 13])
